@@ -1,0 +1,58 @@
+"""hf_ae: every autoencoder as a Hugging Face model.
+
+Importing it registers each configuration, model and image processor with transformers' Auto classes.
+"""
+
+from transformers import AutoConfig, AutoImageProcessor, AutoModel
+
+from .configuration import (
+    AutoencoderConfig,
+    BetaVAEConfig,
+    ContractiveAutoencoderConfig,
+    DenoisingAutoencoderConfig,
+    SparseAutoencoderConfig,
+    VAEConfig,
+)
+from .image_processing import AutoencoderImageProcessor
+from .modeling_autoencoder import AutoencoderModel
+from .modeling_regularized import ContractiveAutoencoderModel, DenoisingAutoencoderModel, SparseAutoencoderModel
+from .modeling_vae import BetaVAEModel, VAEModel
+
+__version__ = "0.1.0"
+
+MODELS = {
+    model.config_class.model_type: model
+    for model in (
+        AutoencoderModel,
+        SparseAutoencoderModel,
+        DenoisingAutoencoderModel,
+        ContractiveAutoencoderModel,
+        VAEModel,
+        BetaVAEModel,
+    )
+}
+"""model_type -> model class, of every image variant."""
+
+for _model_type, _model in MODELS.items():
+    AutoConfig.register(_model_type, _model.config_class, exist_ok=True)
+    AutoModel.register(_model.config_class, _model, exist_ok=True)
+    AutoImageProcessor.register(
+        _model.config_class, image_processor_classes={"pil": AutoencoderImageProcessor}, exist_ok=True
+    )
+
+__all__ = [
+    "MODELS",
+    "AutoencoderConfig",
+    "AutoencoderImageProcessor",
+    "AutoencoderModel",
+    "BetaVAEConfig",
+    "BetaVAEModel",
+    "ContractiveAutoencoderConfig",
+    "ContractiveAutoencoderModel",
+    "DenoisingAutoencoderConfig",
+    "DenoisingAutoencoderModel",
+    "SparseAutoencoderConfig",
+    "SparseAutoencoderModel",
+    "VAEConfig",
+    "VAEModel",
+]
