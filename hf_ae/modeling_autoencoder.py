@@ -70,7 +70,7 @@ class AutoencoderModel(PreTrainedModel):
                                           latents          loss = reconstruction term + penalties
     ```
 
-    A variant redefines only what differs: `corrupt`, `bottleneck` or `penalties`.
+    A variant redefines only what differs: `bottleneck`, `penalties`, or what `forward` shows the encoder.
     `pixel_values` are (batch, num_channels, height, width) in `config.pixel_range`; the image processor makes them.
     """
 
@@ -113,10 +113,6 @@ class AutoencoderModel(PreTrainedModel):
 
     # The steps of the flow
 
-    def corrupt(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """What the encoder sees in place of `pixel_values`."""
-        return pixel_values
-
     def bottleneck(self, code: torch.Tensor) -> EncoderOutput:
         """The encoder's output -> latents."""
         return EncoderOutput(latents=self.latent_activation(code))
@@ -149,8 +145,12 @@ class AutoencoderModel(PreTrainedModel):
     def forward(self, pixel_values: torch.Tensor, return_dict: bool = True) -> AutoencoderOutput:
         """pixel_values -> reconstruction, latents and the loss against `pixel_values`."""
         self._check_pixels(pixel_values)
+        return self._run(pixel_values, pixel_values, return_dict)
+
+    def _run(self, pixel_values, seen, return_dict) -> AutoencoderOutput:
+        """Encode what the encoder is shown, decode, and compare with `pixel_values`."""
         pixel_values = pixel_values.to(self.dtype)
-        encoded = self._encode(self.corrupt(pixel_values))
+        encoded = self._encode(seen.to(self.dtype))
         logits = self._decode(encoded.latents, encoded.pool_positions)
         losses = {"reconstruction": self.reconstruction_term(logits, pixel_values), **self.penalties(pixel_values, encoded)}
         output = AutoencoderOutput(sum(losses.values()), losses, self._to_pixels(logits), encoded.latents)

@@ -53,13 +53,12 @@ class DenoisingAutoencoderModel(SparseAutoencoderModel):
 
     def forward(self, pixel_values, return_dict: bool = True, corrupt: bool | None = None) -> AutoencoderOutput:
         """pixel_values -> reconstruction; the loss is against `pixel_values` as given, before the damage."""
-        self._corrupt_now = self.training if corrupt is None else corrupt
-        return super().forward(pixel_values, return_dict)
+        self._check_pixels(pixel_values)
+        damage = self.training if corrupt is None else corrupt
+        return self._run(pixel_values, self.corrupt(pixel_values) if damage else pixel_values, return_dict)
 
     def corrupt(self, pixel_values, generator: torch.Generator | None = None):
-        """`pixel_values` with the configured damage; unchanged inside a `forward` that asks for none."""
-        if not getattr(self, "_corrupt_now", True):
-            return pixel_values
+        """`pixel_values` with the configured damage."""
         return corrupt(
             pixel_values, self.config.corruption, self.config.corruption_level, *self.config.pixel_range, generator
         )

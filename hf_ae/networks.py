@@ -41,6 +41,8 @@ class MLPLayer(GradientCheckpointingLayer):
 class MLPEncoder(nn.Module):
     """pixels -> hidden_sizes -> code"""
 
+    gradient_checkpointing = False  # with no hidden layer there is nothing to compute again, and that is no error
+
     def __init__(self, config, values_per_code: int):
         super().__init__()
         widths = [config.num_pixels, *config.hidden_sizes]

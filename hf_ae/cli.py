@@ -1,0 +1,120 @@
+"""The command line: hf-ae demo | evaluate | reconstruct | push."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .training import one_line_errors
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+
+Model = Annotated[str, typer.Option("--model", help="Folder or Hub id of a model.")]
+
+
+def main(argv: list[str] | None = None):
+    """Run the command line. Bad input ends with one line and exit code 2."""
+    arguments = sys.argv[1:] if argv is None else argv
+    with one_line_errors():
+        try:
+            code = app(arguments or ["--help"], standalone_mode=False)
+        except Exception as error:
+            if hasattr(error, "format_message"):  # a wrong option or argument
+                raise ValueError(f"{error.format_message()} See hf-ae --help.") from None
+            raise
+    sys.exit(code or 0)
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Argument(help="Folder or Hub id of a model.")],
+    dataset_name: Annotated[str, typer.Option("--dataset_name", help="Hub id of a dataset, or a folder.")],
+    dataset_config_name: Annotated[str | None, typer.Option("--dataset_config_name")] = None,
+    image_column: Annotated[str | None, typer.Option("--image_column", help="Default: the only one with images.")] = None,
+    split: Annotated[str, typer.Option("--split", help="Split to measure on.")] = "test",
+    train_split: Annotated[str, typer.Option("--train_split", help="Split to fit PCA on.")] = "train",
+    tasks: Annotated[str, typer.Option("--tasks", help="Comma-separated: reconstruction, likelihood.")] = "reconstruction,likelihood",
+    samples: Annotated[int, typer.Option("--samples", min=1, help="Importance samples an image for the likelihood.")] = 100,
+    max_images: Annotated[int | None, typer.Option("--max_images", min=1, help="Measure the first images only.")] = None,
+    binarize: Annotated[bool, typer.Option("--binarize", help="One fixed 0/1 draw of each pixel.")] = False,
+):
+    """Measure a model on a dataset, beside PCA; in a local folder, write metrics.json, a picture and the card."""
+    from . import evaluate as measuring
+
+    names = tuple(t.strip() for t in tasks.split(",") if t.strip())
+    metrics = measuring.evaluate(model, dataset_name, dataset_config_name, image_column, split, train_split, names, samples, max_images, binarize)
+    for row, title in {"reconstruction": "model", "pca": f"PCA, {metrics['code_size']}", "denoising_input": "damaged", "denoising": "restored"}.items():
+        if row in metrics:
+            print(f"{title:10}" + "".join(f"  {name} {value:.5g}" for name, value in metrics[row].items()))
+    if "likelihood" in metrics:
+        b = metrics["likelihood"]
+        print(f"{'likelihood':10}  elbo {b['elbo']:.3f}  bound {b['log_likelihood_bound']:.3f} nats ({b['model']}, {b['samples']} samples)")
+    if Path(model).is_dir():
+        print(f"Written: {Path(model, 'metrics.json')}, {Path(model, 'reconstructions.png')}, {Path(model, 'README.md')}")
+
+
+@app.command()
+def reconstruct(
+    images: Annotated[list[Path], typer.Argument(help="Image files.")],
+    model: Model,
+    output: Annotated[Path, typer.Option("-o", "--output", help="Picture to write: originals above, reconstructions below.")] = Path("reconstruction.png"),
+):
+    """Send image files through a model and draw them beside what comes back."""
+    from .evaluate import load_model
+    from .evaluate import reconstruct as run
+    from .metrics import reconstruction_metrics
+    from .plots import labelled_rows
+
+    loaded, processor = load_model(model)
+    low, high = loaded.config.pixel_range
+    pixels = (processor([str(p) for p in images], return_tensors="pt").pixel_values - low) / (high - low)
+    rebuilt = run(loaded, pixels)
+    check_writable(output)
+    labelled_rows({"original": pixels, "reconstruction": rebuilt}, output, cell=112)
+    for path, x, r in zip(images, pixels, rebuilt):
+        print(f"{path}: PSNR {reconstruction_metrics(x[None], r[None])['psnr']:.2f} dB")
+    print(f"Written: {output}")
+
+
+@app.command()
+def push(
+    folder: Annotated[Path, typer.Argument(help="Model folder, exactly what the repository will hold.")],
+    repo: Annotated[str, typer.Option("--repo", help="owner/name on the Hub.")],
+    private: Annotated[bool, typer.Option("--private", help="Make the repository private when it is created.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check only; upload nothing.")] = False,
+):
+    """Check a model folder (weights load, card complete, no stray files) and upload it in one commit."""
+    from .hub import check_folder, push_folder
+
+    files = check_folder(folder)
+    address = push_folder(folder, repo, private, dry_run)
+    print("\n".join(f"  {name}" for name in files))
+    print(f"{'Checked, nothing uploaded' if dry_run else 'Uploaded'}: {len(files)} files, {address}")
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the pictures.")] = Path("demo"),
+    seconds: Annotated[int, typer.Option("--seconds", min=5, help="How long to train, about.")] = 60,
+):
+    """Show the product on what the checkout carries: a round trip, and a model trained, reloaded and evaluated."""
+    from .demo import run
+
+    run(output, seconds)
+
+
+def check_writable(path: Path):
+    """Raise ValueError unless `path` can be written as a picture."""
+    from PIL import Image
+
+    if path.suffix.lower() not in Image.registered_extensions():
+        raise ValueError(f"{path} has no ending of a picture, such as .png.")
+    if not path.resolve().parent.is_dir():
+        raise ValueError(f"The folder of {path} does not exist.")
+
+
+if __name__ == "__main__":
+    main()

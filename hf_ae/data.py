@@ -1,0 +1,210 @@
+"""Hub or local datasets -> batches of uint8 images: from memory (decoded once) or streamed (flat memory)."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+
+def open_split(name: str, config_name: str | None = None, split: str = "train", streaming: bool = False):
+    """One split of a Hub dataset id or of a local folder. Raises ValueError that says what is there instead.
+
+    A machine without the Hub reads `owner/name` from the folder `$HF_AE_DATASETS/name`, where that exists.
+    """
+    import datasets
+    from huggingface_hub.errors import HfHubHTTPError
+
+    datasets.disable_progress_bars()
+    copy = Path(os.environ.get("HF_AE_DATASETS", "/nonexistent"), name.split("/")[-1])
+    try:
+        parts = datasets.load_dataset(str(copy) if copy.is_dir() and not Path(name).exists() else name, config_name, streaming=streaming)
+    except (OSError, datasets.exceptions.DatasetsError, HfHubHTTPError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(f"The dataset {name!r} cannot be opened: {reason}") from None
+    if split not in parts:
+        raise ValueError(f"The dataset {name!r} has no split {split!r}: it has {', '.join(map(str, parts))}.")
+    if not streaming and len(parts[split]) == 0:
+        raise ValueError(f"The split {split!r} of {name!r} is empty.")
+    return parts[split]
+
+
+def image_column(dataset, name: str | None = None) -> str:
+    """The column that holds the images: `name`, or the only one of type Image. Raises ValueError."""
+    import datasets
+
+    columns = list(dataset.features or dataset.column_names or [])
+    if name is not None:
+        if name not in columns:
+            raise ValueError(f"There is no column {name!r}: write --image_column with one of {', '.join(columns)}.")
+        return name
+    images = [c for c in columns if isinstance(dataset.features[c], datasets.Image)] if dataset.features else []
+    if len(images) != 1:
+        raise ValueError(f"Which column holds the images? Write --image_column with one of {', '.join(images or columns)}.")
+    return images[0]
+
+
+class BrokenImageError(ValueError):
+    """An image of the dataset that cannot be read."""
+
+
+class Decoder:
+    """Rows of a dataset -> uint8 (num_channels, height, width), by the model's image processor.
+
+    A row that cannot be read raises BrokenImageError with its number and file, or is counted in `skipped` and left out
+    where `skip_broken` says so.
+    """
+
+    def __init__(self, processor, skip_broken: bool = False):
+        self.processor, self.skip_broken, self.skipped = processor, skip_broken, 0
+        self.target = processor.target_size()
+
+    def __call__(self, numbered) -> np.ndarray | None:
+        number, value = numbered
+        try:
+            if isinstance(value, dict):
+                value = value["bytes"] if value.get("bytes") is not None else value["path"]
+            elif isinstance(value, list):
+                value = np.asarray(value, dtype=np.uint8)
+            array = self.processor.to_array(value, self.target)
+            return array if array.dtype == np.uint8 else (array * 255).round().astype(np.uint8)
+        except (ValueError, TypeError, KeyError) as error:
+            if self.skip_broken:
+                self.skipped += 1
+                return None
+            raise BrokenImageError(
+                f"Row {number} of the dataset is no readable image ({error}) Write --skip_broken_images to leave such rows out."
+            ) from None
+
+
+def undecoded(dataset, column: str):
+    """The dataset with `column` alone, as encoded bytes where it holds images."""
+    import datasets
+
+    if dataset.features and isinstance(dataset.features[column], datasets.Image):
+        dataset = dataset.cast_column(column, datasets.Image(decode=False))
+    return dataset.select_columns([column])
+
+
+class ImagesInMemory:
+    """All images of a split, decoded once: `pixels` is uint8 (images, num_channels, height, width)."""
+
+    def __init__(self, pixels: torch.Tensor):
+        self.pixels = pixels
+
+    @classmethod
+    def load(cls, dataset, column: str, processor, skip_broken: bool = False, limit: int | None = None, progress=None):
+        """Decode `column` of `dataset` (the first `limit` rows). `progress` wraps the iterator, as tqdm does."""
+        dataset = undecoded(dataset, column)
+        if limit is not None:
+            dataset = dataset.select(range(min(limit, len(dataset))))
+        decode = Decoder(processor, skip_broken)
+        values = (value for chunk in dataset.with_format("arrow")[:][column].chunks for value in chunk.to_pylist())
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            arrays = pool.map(decode, enumerate(values), chunksize=256)
+            arrays = arrays if progress is None else progress(arrays, total=len(dataset))
+            kept = [array for array in arrays if array is not None]
+        if decode.skipped:
+            print(f"Skipped {decode.skipped} of {len(dataset)} images that cannot be read.")
+        if not kept:
+            raise ValueError("No image of this split can be read.")
+        return cls(torch.from_numpy(np.stack(kept)))
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def num_batches(self, batch_size: int, processes: int = 1) -> int:
+        """Batches of an epoch; images that do not fill a last batch wait for the next epoch's order."""
+        return max(1, len(self) // (batch_size * processes))
+
+    def batches(self, batch_size: int, epoch: int, seed: int = 0, start: int = 0, rank: int = 0, processes: int = 1):
+        """uint8 batches of one epoch in an order that `seed` and `epoch` fix, from batch `start` on.
+
+        Each process takes its part of the same global batch of `batch_size` × `processes` images.
+        """
+        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(1_000_003 * seed + epoch))
+        together = batch_size * processes
+        for batch in range(start, self.num_batches(batch_size, processes)):
+            rows = order[batch * together : (batch + 1) * together]
+            yield self.pixels[rows[rank::processes] if processes > 1 else rows]
+
+
+class ImageStream:
+    """Images of a streamed split: rows pass through a shuffle buffer of encoded images and are decoded batch by batch."""
+
+    def __init__(self, dataset, column: str, processor, skip_broken: bool = False, buffer_size: int = 1000):
+        self.rows, self.column, self.buffer_size = undecoded(dataset, column), column, buffer_size
+        self.decode = Decoder(processor, skip_broken)
+
+    def batches(self, batch_size: int, epoch: int, seed: int = 0, start: int = 0, rank: int = 0, processes: int = 1):
+        """As `ImagesInMemory.batches`; earlier batches are read again but not decoded."""
+        together: list = []
+        batch = 0
+        for row in shuffled(self._numbered(), self.buffer_size, 1_000_003 * seed + epoch):
+            together.append(row)
+            if len(together) == batch_size * processes:
+                if batch >= start:
+                    arrays = [self.decode(row) for row in together[rank::processes]]
+                    yield torch.from_numpy(np.stack([a for a in arrays if a is not None]))
+                together, batch = [], batch + 1
+        if batch == 0:
+            raise ValueError(f"The stream holds fewer than {batch_size * processes} images, one batch.")
+
+    def _numbered(self):
+        return ((number, row[self.column]) for number, row in enumerate(self.rows))
+
+
+def shuffled(rows: Iterator, buffer_size: int, seed: int) -> Iterator:
+    """Rows in a random order that `seed` fixes, holding `buffer_size` of them at a time."""
+    dice, buffer = random.Random(seed), []
+    for row in rows:
+        if len(buffer) < buffer_size:
+            buffer.append(row)
+            continue
+        at = dice.randrange(buffer_size)
+        yield buffer[at]
+        buffer[at] = row
+    dice.shuffle(buffer)
+    yield from buffer
+
+
+def to_pixel_values(pixels: torch.Tensor, device, pixel_range, flip=False, shift: int = 0, binarize=False) -> torch.Tensor:
+    """uint8 batch -> float `pixel_values` in `pixel_range` on `device`.
+
+    flip: mirror half of the images. shift: move each by up to `shift` pixels, filling with its border.
+    binarize: draw each pixel from a Bernoulli with its gray value as probability.
+    """
+    x = pixels.to(device, non_blocking=True).float().div_(255)
+    if flip:
+        mirrored = torch.rand(len(x), device=device) < 0.5
+        x = torch.where(mirrored[:, None, None, None], x.flip(-1), x)
+    if shift:
+        x = shift_randomly(x, shift)
+    if binarize:
+        x = torch.bernoulli(x)
+    low, high = pixel_range
+    return x if (low, high) == (0.0, 1.0) else x * (high - low) + low
+
+
+def shift_randomly(x: torch.Tensor, most: int) -> torch.Tensor:
+    """Move each image by a whole number of pixels from -most to most, down and right, repeating its border."""
+    batch, _, height, width = x.shape
+    padded = F.pad(x, (most,) * 4, mode="replicate")
+    top, left = torch.randint(0, 2 * most + 1, (2, batch, 1), device=x.device)
+    rows = (top + torch.arange(height, device=x.device))[:, None, :, None]
+    columns = (left + torch.arange(width, device=x.device))[:, None, None, :]
+    images = torch.arange(batch, device=x.device)[:, None, None, None]
+    channels = torch.arange(x.shape[1], device=x.device)[None, :, None, None]
+    return padded[images, channels, rows, columns]
+
+
+def binarized_once(pixels: torch.Tensor, seed: int = 0) -> torch.Tensor:
+    """One fixed Bernoulli draw of uint8 images, as 0 and 255: the test set of binarised MNIST."""
+    dice = torch.rand(pixels.shape, generator=torch.Generator().manual_seed(seed))
+    return (dice < pixels.float() / 255).to(torch.uint8) * 255

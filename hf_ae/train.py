@@ -1,0 +1,309 @@
+"""Train any image autoencoder: `accelerate launch -m hf_ae.train [RECIPE.yaml] [--flag value …]`."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import yaml
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from tqdm.auto import tqdm
+from transformers.utils import logging
+
+import hf_ae
+from hf_ae.data import ImagesInMemory, ImageStream, binarized_once, image_column, open_split, to_pixel_values
+from hf_ae.hub import push_folder, write_card
+from hf_ae.plots import labelled_rows
+from hf_ae.pretraining import pretrain_layerwise
+from hf_ae.training import (
+    FiniteGuard,
+    NonFiniteLossError,
+    Progress,
+    TrainingArguments,
+    averaged,
+    check_output_dir,
+    checkpoints,
+    find_checkpoint,
+    flag,
+    load_checkpoint,
+    make_ema,
+    make_optimizers,
+    make_schedulers,
+    one_line_errors,
+    parse_arguments,
+    parse_overrides,
+    save_checkpoint,
+    save_model,
+)
+
+
+@dataclass
+class ImageTrainingArguments(TrainingArguments):
+    """Train any image autoencoder of hf_ae on a Hub dataset or a local folder."""
+
+    model_type: str = flag("hf_ae_autoencoder", f"One of {', '.join(hf_ae.MODELS)}.")
+    config_overrides: str | None = flag(None, 'Fields of the configuration: "latent_dim=16,hidden_sizes=[512]".')
+    image_column: str | None = flag(None, "Column of the images; default: the only one that holds images.")
+    streaming: bool = flag(False, "Read images as they are needed instead of decoding all into memory.")
+    shuffle_buffer_size: int = flag(1000, "Encoded images to draw from when streaming.")
+    skip_broken_images: bool = flag(False, "Leave out images that cannot be read, instead of stopping.")
+    random_flip: bool = flag(False, "Mirror half of the images.")
+    random_shift: int = flag(0, "Move each image by up to so many pixels.")
+    binarize: bool = flag(False, "Draw each pixel as 0 or 1: anew in training, once for evaluation.")
+    pretrain_layerwise_epochs: int = flag(0, "First train each layer of an mlp as a shallow autoencoder, so many epochs each.")
+
+
+def main(argv: list[str] | None = None):
+    """Train as the recipe and the flags say. Ends with exit code 2 and one line on bad input."""
+    with one_line_errors():
+        train(parse_arguments(ImageTrainingArguments, sys.argv[1:] if argv is None else argv))
+
+
+def train(args: ImageTrainingArguments):
+    # Where results go, and what is trained
+    output = Path(args.output_dir)
+    model = make_model(args)
+    if args.dataset_name is None:
+        raise ValueError("Which dataset? Write --dataset_name with a Hub id or a folder.")
+    if args.streaming and args.max_train_steps is None:
+        raise ValueError("A stream has no known length: write --max_train_steps.")
+    check_output_dir(output, args.overwrite_output_dir, args.resume_from_checkpoint is not None)
+    resume_from = find_checkpoint(args.resume_from_checkpoint, output)
+    accelerator = make_accelerator(args, output)
+    logging.disable_progress_bar()
+    say = accelerator.print
+    if args.overwrite_output_dir and resume_from is None and accelerator.is_main_process:
+        for old in [*checkpoints(output), output / "samples"]:
+            shutil.rmtree(old, ignore_errors=True)
+
+    # Data
+    processor = hf_ae.AutoencoderImageProcessor.from_config(model.config)
+    images, evaluation = load_images(args, processor, quiet=not accelerator.is_main_process)
+    if model.config.model_type == "hf_ae_beta_vae" and model.config.objective == "total_correlation" and not args.streaming:
+        model.config.dataset_size = model.config.dataset_size or len(images)
+    (output / ".hf_ae_run").touch()
+    share = dict(seed=args.seed, rank=accelerator.process_index, processes=accelerator.num_processes)
+    if args.streaming:
+        total_steps = args.max_train_steps
+    else:
+        per_epoch = images.num_batches(args.train_batch_size, accelerator.num_processes)
+        total_steps = args.max_train_steps or args.num_train_epochs * per_epoch // args.gradient_accumulation_steps
+
+    # Model, optimizers, moving average
+    model.to(accelerator.device)
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    if args.pretrain_layerwise_epochs and resume_from is None:
+        pretrain_layerwise(model, images, args, accelerator.device, say)
+    optimizers = make_optimizers(model, args)
+    schedulers = make_schedulers(optimizers, args, total_steps)
+    ema = make_ema(model, args)
+    if ema is not None:
+        ema.to(accelerator.device)
+    model, *optimizers = accelerator.prepare(model, *optimizers)
+    progress = Progress()
+    set_seed(args.seed, device_specific=True)
+    if resume_from is not None:
+        progress = load_checkpoint(accelerator, resume_from, model, optimizers, schedulers, ema)
+        say(f"Going on from {resume_from.name}.")
+    guard = FiniteGuard(accelerator.device)
+    if args.report_to != "none":
+        accelerator.init_trackers("hf_ae", config=trackable(args))
+
+    # The loop
+    config = accelerator.unwrap_model(model).config
+    prepare = dict(device=accelerator.device, pixel_range=tuple(config.pixel_range), flip=args.random_flip,
+                   shift=args.random_shift, binarize=args.binarize)  # fmt: skip
+    parameters = list(model.parameters())
+    bar = tqdm(total=total_steps, initial=progress.step, disable=not accelerator.is_main_process, mininterval=1.0, desc="training")
+    seen, started, paused = 0, time.perf_counter(), 0.0
+    model.train()
+    try:
+        while progress.step < total_steps:
+            for pixels in images.batches(args.train_batch_size, progress.epoch, start=progress.batch, **share):
+                with accelerator.accumulate(model):
+                    output_ = model(to_pixel_values(pixels, **prepare))
+                    accelerator.backward(output_.loss)
+                    if args.max_grad_norm is not None and accelerator.sync_gradients:
+                        accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
+                    for optimizer in optimizers:
+                        optimizer.step()
+                        optimizer.zero_grad()
+                progress.batch += 1
+                seen += len(pixels) * accelerator.num_processes
+                guard.watch(progress.step + 1, output_.loss, output_.losses)
+                if not accelerator.sync_gradients:
+                    continue
+                progress.step += 1
+                for scheduler in schedulers:
+                    scheduler.step()
+                if ema is not None:
+                    ema.step(parameters)
+                bar.update()
+                if progress.step % args.logging_steps == 0:
+                    report(accelerator, bar, output_, schedulers, progress.step, args)
+                if args.checkpointing_steps and progress.step % args.checkpointing_steps == 0:
+                    guard.check()
+                    limit = args.checkpoints_total_limit
+                    save_checkpoint(accelerator, output, model, optimizers, schedulers, ema, progress, limit)
+                if progress.step >= total_steps:
+                    break
+            else:
+                progress.epoch, progress.batch = progress.epoch + 1, 0
+            last = progress.step >= total_steps
+            if evaluation is not None and args.validation_epochs and (last or progress.epoch % args.validation_epochs == 0):
+                before = time.perf_counter()
+                validate(accelerator, model, ema, evaluation, args, output, progress)
+                paused += time.perf_counter() - before
+        guard.check()
+    except NonFiniteLossError as error:
+        bar.close()
+        good = next(reversed(checkpoints(output)), None)
+        advice = f"The last good checkpoint is {good}." if good else "No checkpoint was written before."
+        raise NonFiniteLossError(f"{error} {advice} Try a lower --learning_rate or --max_grad_norm 1.0.") from None
+    bar.close()
+    seconds = time.perf_counter() - started - paused
+    say(f"Trained on {seen:,} images in {seconds:.1f} s ({seen / seconds:,.0f} images/s).")
+    finish(accelerator, accelerator.unwrap_model(model), ema, processor, args, output)
+
+
+def make_model(args):
+    """A new model of `args.model_type`, with its overrides."""
+    if args.model_type not in hf_ae.MODELS:
+        raise ValueError(f"model_type={args.model_type!r} is not known: write one of {', '.join(hf_ae.MODELS)}.")
+    set_seed(args.seed)
+    cls = hf_ae.MODELS[args.model_type]
+    return cls(cls.config_class(**parse_overrides(args.config_overrides)))
+
+
+def make_accelerator(args, output: Path) -> Accelerator:
+    """The accelerator, with the tracker that `args.report_to` names."""
+    trackers = ("none", "tensorboard", "trackio", "wandb")
+    if args.report_to not in trackers:
+        raise ValueError(f"report_to={args.report_to!r} is not known: write one of {', '.join(trackers)}.")
+    return Accelerator(
+        mixed_precision=args.mixed_precision,
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        log_with=None if args.report_to == "none" else args.report_to,
+        project_dir=output / "logs",
+    )
+
+
+def load_images(args, processor, quiet: bool):
+    """Training images (in memory or streamed), and uint8 evaluation images or None."""
+    dataset = open_split(args.dataset_name, args.dataset_config_name, args.train_split, args.streaming)
+    column = image_column(dataset, args.image_column)
+
+    def progress(iterator, total):
+        return tqdm(iterator, total=total, desc="decoding", disable=quiet, mininterval=1.0)
+
+    if args.streaming:
+        images = ImageStream(dataset, column, processor, args.skip_broken_images, args.shuffle_buffer_size)
+    else:
+        images = ImagesInMemory.load(dataset, column, processor, args.skip_broken_images, args.max_train_samples, progress)
+    if not args.validation_epochs:
+        return images, None
+    dataset = open_split(args.dataset_name, args.dataset_config_name, args.eval_split)
+    held_out = ImagesInMemory.load(dataset, column, processor, args.skip_broken_images, args.max_eval_samples, progress)
+    return images, binarized_once(held_out.pixels) if args.binarize else held_out.pixels
+
+
+def report(accelerator, bar, output, schedulers, step: int, args):
+    """Loss terms to the progress bar and the tracker."""
+    terms = {name: float(term.detach()) for name, term in output.losses.items()}
+    bar.set_postfix(loss=f"{float(output.loss.detach()):.4g}", refresh=False)
+    if args.report_to != "none":
+        terms = {f"train/{name}": value for name, value in terms.items()}
+        rate = schedulers[0].get_last_lr()[0]
+        accelerator.log({"train/loss": float(output.loss.detach()), "learning_rate": rate, **terms}, step=step)
+
+
+@torch.no_grad()
+def validate(accelerator, model, ema, pixels: torch.Tensor, args, output: Path, progress: Progress):
+    """Losses on held-out images, and a picture of some of them, with the averaged weights if there are any."""
+    if not accelerator.is_main_process:
+        return
+    model = accelerator.unwrap_model(model)
+    model.eval()
+    totals: dict[str, float] = {}
+    with averaged(model, ema):
+        for batch in pixels.split(500):
+            values = to_pixel_values(batch, accelerator.device, tuple(model.config.pixel_range))
+            with accelerator.autocast():
+                losses = model(values).losses
+            for name, term in losses.items():
+                totals[name] = totals.get(name, 0.0) + float(term) * len(batch) / len(pixels)
+        picture = draw_samples(model, to_pixel_values(pixels[:12], accelerator.device, tuple(model.config.pixel_range)))
+    model.train()
+    tqdm.write(f"step {progress.step}: " + "  ".join(f"{name} {value:.4f}" for name, value in totals.items()))
+    (output / "samples").mkdir(exist_ok=True)
+    picture_path = output / "samples" / f"step-{progress.step:07d}.png"
+    sheet = labelled_rows(picture, picture_path)
+    if args.report_to != "none":
+        accelerator.log({f"eval/{name}": value for name, value in totals.items()}, step=progress.step)
+        for tracker in accelerator.trackers:
+            if hasattr(tracker, "log_images"):
+                layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+                tracker.log_images({"eval/samples": np.asarray(sheet)[None]}, step=progress.step, **layout)
+
+
+def draw_samples(model, values: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Rows for a sample picture, in 0…1: original, what the encoder saw where that differs, reconstruction, samples."""
+    low, high = model.config.pixel_range
+    rows = {"original": values}
+    if hasattr(model.config, "corruption"):
+        rows["damaged"] = model.corrupt(values, torch.Generator(values.device).manual_seed(0))
+        rows["reconstruction"] = model(rows["damaged"], corrupt=False).reconstruction
+    else:
+        rows["reconstruction"] = model(values).reconstruction
+    if hasattr(model.config, "kl_weight"):
+        z = torch.randn(len(values), *model.config.code_shape, generator=torch.Generator().manual_seed(0))
+        rows["decoded\nN(0, 1)"] = model.decode(z.to(values.device)).sample
+    return {name: (pixels - low) / (high - low) for name, pixels in rows.items()}
+
+
+def finish(accelerator, model, ema, processor, args, output: Path):
+    """Save the final model as a complete model repository, and push it where that is asked."""
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        if ema is not None:
+            ema.copy_to(model.parameters())
+        save_model(model, output, args.save_dtype)
+        processor.save_pretrained(output)
+        write_recipe(args, output / "recipe.yaml")
+        write_card(output)
+        (output / ".hf_ae_run").unlink(missing_ok=True)
+        accelerator.print(f"The model is in {output}: measure it with  hf-ae evaluate {output} --dataset_name {args.dataset_name}")
+        if args.push_to_hub:
+            repo = args.hub_model_id or output.resolve().name
+            accelerator.print(f"Pushed to {push_folder(output, repo, private=args.hub_private)}")
+    accelerator.end_training()
+
+
+def write_recipe(args, path: Path):
+    """The flags that differ from their defaults, as a recipe that trains the same model again."""
+    machine = {"output_dir", "overwrite_output_dir", "resume_from_checkpoint", "push_to_hub", "hub_model_id", "hub_private", "report_to"}
+    kept = {}
+    for field in dataclasses.fields(args):
+        value = getattr(args, field.name)
+        if field.name not in machine and (value != field.default or field.name == "model_type"):
+            kept[field.name] = value
+    path.write_text(yaml.safe_dump(kept, sort_keys=False))
+
+
+def trackable(args) -> dict:
+    """Arguments as trackers take them."""
+    return {k: str(v) if isinstance(v, dict) else v for k, v in dataclasses.asdict(args).items() if v is not None}
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    main()

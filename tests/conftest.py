@@ -1,0 +1,37 @@
+"""What several test files need. No test reaches a host other than this one."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+
+from pathlib import Path
+
+import pytest
+
+SAMPLE = Path(__file__).parent / "data" / "fashion_mnist_sample"
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator():
+    """Each test that trains in this process makes its own Accelerator."""
+    yield
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+
+
+@pytest.fixture
+def train_args(tmp_path):
+    """Arguments of a short training on the bundled sample; keywords override."""
+    from hf_ae.train import ImageTrainingArguments
+
+    def make(**values):
+        defaults = dict(
+            dataset_name=str(SAMPLE), output_dir=str(tmp_path / "run"), max_train_samples=200, max_eval_samples=50, max_train_steps=4,
+            train_batch_size=20, config_overrides="hidden_sizes=[16],latent_dim=4", validation_epochs=0,
+        )  # fmt: skip
+        return ImageTrainingArguments(**{**defaults, **values})
+
+    return make

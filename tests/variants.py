@@ -1,0 +1,43 @@
+"""The one list of variants that drives the shared tests: name -> (model_type, configuration fields)."""
+
+import hf_ae
+
+SMALL_CONV = dict(network="conv", image_size=[12, 16], hidden_sizes=[4, 8])
+
+VARIANTS = {
+    "autoencoder-mlp": ("hf_ae_autoencoder", dict(hidden_sizes=[24, 12], latent_dim=5, activation="sigmoid")),
+    "autoencoder-conv": ("hf_ae_autoencoder", dict(SMALL_CONV, latent_dim=5, num_channels=3)),
+    "autoencoder-unpool": ("hf_ae_autoencoder", dict(SMALL_CONV, latent_dim=5, downsample="maxpool", upsample="unpool")),
+    "autoencoder-nearest": ("hf_ae_autoencoder", dict(SMALL_CONV, latent_channels=2, downsample="maxpool", upsample="nearest")),
+    "autoencoder-resnet": ("hf_ae_autoencoder", dict(network="resnet", image_size=16, hidden_sizes=[8, 16], latent_channels=3)),
+    "sparse-l1": ("hf_ae_sparse", dict(hidden_sizes=[16], latent_dim=40, latent_activation="relu")),
+    "sparse-kl": ("hf_ae_sparse", dict(SMALL_CONV, latent_channels=3, sparsity="kl", latent_activation="sigmoid")),
+    "denoising": ("hf_ae_denoising", dict(SMALL_CONV, latent_channels=3, num_channels=3, corruption="masking", sparsity="l1")),
+    "contractive-exact": ("hf_ae_contractive", dict(hidden_sizes=[], latent_dim=9, latent_activation="sigmoid")),
+    "contractive-deep": ("hf_ae_contractive", dict(hidden_sizes=[16], latent_dim=6, reconstruction_loss="bce")),
+    "vae-mlp": ("hf_ae_vae", dict(hidden_sizes=[24], latent_dim=5, reconstruction_loss="bce")),
+    "vae-resnet": ("hf_ae_vae", dict(network="resnet", image_size=[16, 24], num_channels=3, hidden_sizes=[8, 8, 16],
+                                     latent_channels=4, pixel_range=[-1.0, 1.0], reconstruction_loss="l1", kl_weight=1e-6)),
+    "beta-vae": ("hf_ae_beta_vae", dict(hidden_sizes=[16], latent_dim=5)),
+    "beta-vae-capacity": ("hf_ae_beta_vae", dict(hidden_sizes=[16], latent_dim=5, objective="capacity", capacity=3.0, capacity_steps=8)),
+    "beta-vae-tc": ("hf_ae_beta_vae", dict(hidden_sizes=[16], latent_dim=5, objective="total_correlation", dataset_size=100)),
+}  # fmt: skip
+
+
+def make(name: str):
+    """A new model of a variant, the same at every call."""
+    import torch
+
+    torch.manual_seed(0)
+    model_type, fields = VARIANTS[name]
+    cls = hf_ae.MODELS[model_type]
+    return cls(cls.config_class(**fields))
+
+
+def pixels(model, batch: int = 4, seed: int = 1):
+    """Random pixel_values for a model."""
+    import torch
+
+    low, high = model.config.pixel_range
+    shape = (batch, model.config.num_channels, *model.config.image_hw)
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed)) * (high - low) + low
