@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 # A stamp, so that the install runs once and again only when what it installs changes.
 READY := $(VENV)/.installed
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint cards clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed: make PYTHON=python3.11" if sys.version_info < (3, 11) else 0)'
@@ -22,6 +22,10 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# After a change to the modules that ship with checkpoints: bring the copies and the cards up to date.
+cards: $(READY)
+	$(BIN)/python -c "from pathlib import Path; from hf_ae.hub import refresh; [refresh(p.parent) for p in Path('model_cards').glob('*/config.json')]"
 
 clean:
 	rm -rf $(VENV) build dist demo *.egg-info

@@ -73,7 +73,10 @@ def main():
                 cut = load_file(folder / "model.safetensors")
                 equal = all(torch.equal(whole[name], cut[name]) for name in whole)
                 same += equal
-                print(f"{processes} process(es), run {number}: killed after checkpoints {steps}: {'identical' if equal else 'DIFFERENT'}", flush=True)
+                print(
+                    f"{processes} process(es), run {number}: killed after checkpoints {steps}: {'identical' if equal else 'DIFFERENT'}",
+                    flush=True,
+                )
             print(f"{processes} process(es): {same} of {times} identical", flush=True)
 
 

@@ -36,9 +36,7 @@ MODELS = {
 for _model_type, _model in MODELS.items():
     AutoConfig.register(_model_type, _model.config_class, exist_ok=True)
     AutoModel.register(_model.config_class, _model, exist_ok=True)
-    AutoImageProcessor.register(
-        _model.config_class, image_processor_classes={"pil": AutoencoderImageProcessor}, exist_ok=True
-    )
+    AutoImageProcessor.register(_model.config_class, image_processor_classes={"pil": AutoencoderImageProcessor}, exist_ok=True)
 
 __all__ = [
     "MODELS",

@@ -45,8 +45,15 @@ def evaluate(
     from . import evaluate as measuring
 
     names = tuple(t.strip() for t in tasks.split(",") if t.strip())
-    metrics = measuring.evaluate(model, dataset_name, dataset_config_name, image_column, split, train_split, names, samples, max_images, binarize)
-    for row, title in {"reconstruction": "model", "pca": f"PCA, {metrics['code_size']}", "denoising_input": "damaged", "denoising": "restored"}.items():
+    metrics = measuring.evaluate(
+        model, dataset_name, dataset_config_name, image_column, split, train_split, names, samples, max_images, binarize
+    )
+    for row, title in {
+        "reconstruction": "model",
+        "pca": f"PCA, {metrics['code_size']}",
+        "denoising_input": "damaged",
+        "denoising": "restored",
+    }.items():
         if row in metrics:
             print(f"{title:10}" + "".join(f"  {name} {value:.5g}" for name, value in metrics[row].items()))
     if "likelihood" in metrics:
@@ -60,7 +67,9 @@ def evaluate(
 def reconstruct(
     images: Annotated[list[Path], typer.Argument(help="Image files.")],
     model: Model,
-    output: Annotated[Path, typer.Option("-o", "--output", help="Picture to write: originals above, reconstructions below.")] = Path("reconstruction.png"),
+    output: Annotated[Path, typer.Option("-o", "--output", help="Picture to write: originals above, reconstructions below.")] = Path(
+        "reconstruction.png"
+    ),
 ):
     """Send image files through a model and draw them beside what comes back."""
     from .evaluate import load_model

@@ -5,10 +5,9 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+from dataclasses import field
 
 from transformers import GenerationConfig, PreTrainedConfig
-
-Sizes = list[int] | tuple[int, ...]
 
 # What transformers itself passes or stores beside the fields; anything else is a typing error of the user.
 _FRAMEWORK_KEYS = {
@@ -26,13 +25,13 @@ class AutoencoderConfig(PreTrainedConfig):
 
     model_type = "hf_ae_autoencoder"
 
-    image_size: int | Sizes = 28
+    image_size: int | list[int] = 28
     """Height and width in pixels: one number for both, or `[height, width]`."""
     num_channels: int = 1
     """Colour channels of `pixel_values`: 1 gray, 3 RGB, 4 RGBA; any number for arrays."""
     network: str = "mlp"
     """`mlp` (fully connected), `conv` (one convolution a level) or `resnet` (residual blocks with group norm)."""
-    hidden_sizes: Sizes = (512,)
+    hidden_sizes: list[int] = field(default_factory=lambda: [512])
     """mlp: widths of the encoder's hidden layers. conv: channels of each level, each halves height and width.
     resnet: channels of each level, each after the first halves. The decoder mirrors the encoder."""
     activation: str = "silu"
@@ -52,7 +51,7 @@ class AutoencoderConfig(PreTrainedConfig):
     `downsample="maxpool"`) or `nearest` (nearest neighbour, then a convolution)."""
     reconstruction_loss: str = "mse"
     """`mse`, `bce` (binary cross-entropy, pixel_range [0, 1]) or `l1`: summed over an image, averaged over the batch."""
-    pixel_range: list[float] | tuple[float, ...] = (0.0, 1.0)
+    pixel_range: list[float] = field(default_factory=lambda: [0.0, 1.0])
     """What `pixel_values` and reconstructions are in: `[0.0, 1.0]` (decoder ends in a sigmoid) or `[-1.0, 1.0]` (linear)."""
     scaling_factor: float = 1.0
     """1 / standard deviation of the latents, for diffusion: pipelines multiply latents by it and divide before `decode`."""
@@ -83,7 +82,7 @@ class AutoencoderConfig(PreTrainedConfig):
         self.check()
 
     def _refuse_unknown(self, kwargs):
-        known = [field.name for field in dataclasses.fields(self)]
+        known = [spec.name for spec in dataclasses.fields(self)]
         accepted = _FRAMEWORK_KEYS | set(GenerationConfig._get_default_generation_params())
         for name in kwargs:
             if name in accepted or name.startswith("_"):
@@ -94,23 +93,13 @@ class AutoencoderConfig(PreTrainedConfig):
             raise ValueError(f"{type(self).__name__} has no field {name!r}: {advice}")
 
     def _check_types(self):
-        """Annotations are strings here, so the type of the class default says what a field takes."""
-        for field in dataclasses.fields(self):
-            if field.name in PreTrainedConfig.__dataclass_fields__:
+        for spec in dataclasses.fields(self):
+            if spec.name in PreTrainedConfig.__dataclass_fields__:
                 continue
-            value, annotation = getattr(self, field.name), str(field.type)
-            numbers = "Sizes" in annotation or "list[float]" in annotation
-            accepted: tuple[type, ...] = ()
-            for name, kind in (("int", int), ("str", str), ("bool", bool)):
-                if name in annotation.replace("list[int]", "").replace("tuple[int", "").split(" | "):
-                    accepted += (kind,)
-            if "float" in annotation.split(" | "):
-                accepted += (int, float)
-            fits = isinstance(value, accepted) and (bool in accepted or not isinstance(value, bool))
-            fits = fits or (value is None and "None" in annotation)
-            fits = fits or (numbers and isinstance(value, list | tuple) and all(_is_number(v) for v in value))
+            value, accepted = getattr(self, spec.name), str(spec.type).split(" | ")
+            fits = any(_fits(value, kind) for kind in accepted)
             if not fits:
-                raise ValueError(f"{field.name}={value!r} has the wrong type: write {annotation.replace('Sizes', 'list[int]')}.")
+                raise ValueError(f"{spec.name}={value!r} has the wrong type: write {spec.type}.")
 
     def fill_defaults(self):
         """Fill what depends on other fields."""
@@ -128,7 +117,7 @@ class AutoencoderConfig(PreTrainedConfig):
     def check(self):
         """Raise ValueError where fields contradict each other."""
         if self.latent_dim is not None and self.latent_channels is not None:
-            raise ValueError("latent_dim and latent_channels contradict each other: keep latent_dim for a vector code, or latent_channels for a spatial code.")
+            raise ValueError("latent_dim (a vector code) and latent_channels (a spatial code) contradict each other: keep one.")
         sizes = {"image_size": self.image_hw, "num_channels": [self.num_channels], "hidden_sizes": self.hidden_sizes,
                  "latent_dim": [self.latent_dim or 1], "latent_channels": [self.latent_channels or 1],
                  "num_res_blocks": [self.num_res_blocks or 1]}  # fmt: skip
@@ -138,9 +127,11 @@ class AutoencoderConfig(PreTrainedConfig):
         if len(self.image_hw) != 2:
             raise ValueError(f"image_size={self.image_size!r} must be one number or [height, width].")
         if self.network == "mlp" and self.latent_channels is not None:
-            raise ValueError("network='mlp' has no spatial code: write latent_dim instead of latent_channels, or network='conv'.")
+            raise ValueError("network='mlp' has no spatial code: write latent_dim, not latent_channels, or network='conv'.")
         if self.network != "conv" and (self.downsample or self.upsample):
-            raise ValueError(f"downsample and upsample belong to network='conv', not {self.network!r}: leave them out, or write network='conv'.")
+            raise ValueError(
+                f"downsample and upsample belong to network='conv', not {self.network!r}: leave them out, or write network='conv'."
+            )
         if self.network != "resnet" and self.num_res_blocks is not None:
             raise ValueError(f"num_res_blocks belongs to network='resnet', not {self.network!r}: leave it out, or write network='resnet'.")
         if self.network != "mlp" and not self.hidden_sizes:
@@ -174,8 +165,8 @@ class AutoencoderConfig(PreTrainedConfig):
     @property
     def code_shape(self) -> list[int]:
         """Shape of the code of one image: `[latent_dim]` or `[latent_channels, height, width]`."""
-        if self.latent_dim is not None:
-            return [self.latent_dim]
+        if self.latent_channels is None:
+            return [self.latent_dim or 0]
         return [self.latent_channels, *(size // self.downsampling for size in self.image_hw)]
 
     @property
@@ -322,5 +313,10 @@ def _listed(values) -> str:
     return ", ".join(repr(value) for value in values)
 
 
-def _is_number(value) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def _fits(value, kind: str) -> bool:
+    """Whether a value is of the type that an annotation names; a whole number may stand for a float, a tuple for a list."""
+    if kind.startswith("list["):
+        return isinstance(value, list | tuple) and all(_fits(v, kind[5:-1]) for v in value)
+    if kind in ("int", "float"):
+        return isinstance(value, int if kind == "int" else int | float) and not isinstance(value, bool)
+    return value is None if kind == "None" else isinstance(value, {"str": str, "bool": bool}[kind])

@@ -79,7 +79,7 @@ class Decoder:
                 self.skipped += 1
                 return None
             raise BrokenImageError(
-                f"Row {number} of the dataset is no readable image ({error}) Write --skip_broken_images to leave such rows out."
+                f"Row {number} of the dataset is no readable image: {error} Write --skip_broken_images to leave such rows out."
             ) from None
 
 
@@ -162,7 +162,8 @@ class ImageStream:
 
 def shuffled(rows: Iterator, buffer_size: int, seed: int) -> Iterator:
     """Rows in a random order that `seed` fixes, holding `buffer_size` of them at a time."""
-    dice, buffer = random.Random(seed), []
+    dice = random.Random(seed)
+    buffer: list = []
     for row in rows:
         if len(buffer) < buffer_size:
             buffer.append(row)

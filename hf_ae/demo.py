@@ -9,7 +9,6 @@ from pathlib import Path
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 SAMPLE = CHECKOUT / "tests" / "data" / "fashion_mnist_sample"
-"""Images a second that one minute of training allows for on two cores."""
 
 
 def run(output: Path, seconds: int):
@@ -33,7 +32,7 @@ def run(output: Path, seconds: int):
     print("\n3. Reloaded from its folder and measured on 500 held-out images")
     metrics = evaluate(trained, str(SAMPLE), tasks=("reconstruction",))
     print(f"   PSNR {metrics['reconstruction']['psnr']:.2f} dB; PCA with as many components: {metrics['pca']['psnr']:.2f} dB")
-    model, processor = load_model(trained)
+    model = load_model(trained)[0]
     with torch.no_grad():
         samples = model.decode(torch.randn(40, *model.config.code_shape, generator=torch.Generator().manual_seed(1))).sample
     from .plots import image_grid
@@ -56,7 +55,7 @@ def round_trip(path: Path):
     if not folders:
         return
     dataset = open_split(str(SAMPLE), split="test")
-    _, processor = load_model(folders[0])
+    processor = load_model(folders[0])[1]
     images = ImagesInMemory.load(dataset, image_column(dataset), processor).pixels.float() / 255
     rows = {"original": images[:12]}
     for folder in folders:

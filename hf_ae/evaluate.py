@@ -78,7 +78,13 @@ def evaluate(
     pixels = binarized_once(pixels) if binarize else pixels
     images = pixels.float() / 255
     code_size = math.prod(model.config.code_shape)
-    metrics: dict = {"dataset": dataset_name, "split": split, "images": len(images), "binarized": binarize, "code_size": code_size}
+    metrics: dict = {
+        "dataset": dataset_name,
+        "split": split,
+        "images": len(images),
+        "binarized": binarize,
+        "code_size": code_size,
+    }
     rows = {"original": images[:12]}
     if "reconstruction" in tasks:
         rebuilt = reconstruct(model, images)

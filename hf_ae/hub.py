@@ -130,7 +130,11 @@ def results_section(metrics: dict) -> str:
 
 
 def training_section(recipe: dict) -> str:
-    return "## Training\n\n```\naccelerate launch -m hf_ae.train recipe.yaml\n```\n\n```yaml\n" + yaml.safe_dump(recipe, sort_keys=False) + "```"
+    return (
+        "## Training\n\n```\naccelerate launch -m hf_ae.train recipe.yaml\n```\n\n```yaml\n"
+        + yaml.safe_dump(recipe, sort_keys=False)
+        + "```"
+    )
 
 
 def eval_results(metrics: dict) -> list[EvalResult]:
@@ -151,6 +155,23 @@ def eval_results(metrics: dict) -> list[EvalResult]:
         )
         for key, value in values.items()
     ]
+
+
+def refresh(folder):
+    """Bring the code beside a checkpoint, and its card, up to this version of the package. The weights stay."""
+    from transformers.dynamic_module_utils import get_relative_import_files
+
+    folder, package = Path(folder), Path(__file__).parent
+    used: set[str] = set()
+    for name in ("config.json", "preprocessor_config.json"):
+        for target in read_json(folder / name)["auto_map"].values():
+            entry = package / f"{target.split('.')[0]}.py"
+            used |= {entry.name, *(Path(p).name for p in get_relative_import_files(str(entry)))}
+    for path in folder.glob("*.py"):
+        path.unlink()
+    for name in used:
+        (folder / name).write_text((package / name).read_text())
+    write_card(folder)
 
 
 def check_folder(folder) -> list[str]:
@@ -192,7 +213,11 @@ def check_weights(folder: Path):
         _, info = AutoModel.from_pretrained(folder, output_loading_info=True)
     except Exception as error:
         raise ValueError(f"The model in {folder} does not load: {str(error).splitlines()[0]}") from None
-    problems = [f"{kind.replace('_', ' ')} {sorted(map(str, info[kind]))[0]}" for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") if info.get(kind)]
+    problems = [
+        f"{kind.replace('_', ' ')} {sorted(map(str, info[kind]))[0]}"
+        for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
+        if info.get(kind)
+    ]
     if problems:
         raise ValueError(f"The weights in {folder} do not fit its config.json: {'; '.join(problems)}.")
 

@@ -11,7 +11,6 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch.nn import functional as F
 from transformers.image_processing_backends import PilBackend
 from transformers.image_processing_base import BatchFeature
-from transformers.image_utils import SizeDict
 from transformers.processing_utils import ImagesKwargs
 
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
@@ -44,7 +43,8 @@ class AutoencoderImageProcessor(PilBackend):
     def from_config(cls, config) -> AutoencoderImageProcessor:
         """The processor that fits a model's configuration."""
         height, width = config.image_hw
-        return cls(size={"height": height, "width": width}, num_channels=config.num_channels, pixel_range=list(config.pixel_range))
+        fields = {"num_channels": config.num_channels, "pixel_range": list(config.pixel_range)}
+        return cls(size={"height": height, "width": width}, **fields)
 
     def preprocess(self, images, return_tensors: str | None = "pt", size=None, do_resize: bool | None = None, **kwargs) -> BatchFeature:
         """Images -> BatchFeature with `pixel_values`. `do_resize=False` keeps the size (images must then share one)."""
@@ -68,7 +68,7 @@ class AutoencoderImageProcessor(PilBackend):
         size = self.size if size is None else size
         if isinstance(size, int):
             return size, size
-        return (size.height, size.width) if isinstance(size, SizeDict) else (size["height"], size["width"])
+        return size["height"], size["width"]
 
     def to_array(self, image, target: tuple[int, int] | None) -> np.ndarray:
         """One image -> (num_channels, height, width): uint8 from an 8-bit image, float32 in 0…1 from other arrays."""
@@ -162,7 +162,7 @@ def fit_array(array: np.ndarray, target: tuple[int, int] | None) -> np.ndarray:
         return array
     scale = max(t / s for t, s in zip(target, array.shape[1:]))
     size = [max(t, round(s * scale)) for t, s in zip(target, array.shape[1:])]
-    pixels = torch.from_numpy(array).float()[None] / (255 if array.dtype == np.uint8 else 1)
+    pixels = torch.tensor(array).float()[None] / (255 if array.dtype == np.uint8 else 1)
     scaled = F.interpolate(pixels, size, mode="bicubic", antialias=True, align_corners=False)[0].clamp(0, 1).numpy()
     top, left = ((s - t) // 2 for s, t in zip(size, target))
     return scaled[:, top : top + target[0], left : left + target[1]]

@@ -26,8 +26,8 @@ def reconstruction_metrics(images: torch.Tensor, reconstructions: torch.Tensor) 
         from torchmetrics.functional.image import structural_similarity_index_measure as ssim
 
         parts = zip(images.split(1000), reconstructions.split(1000))
-        total = sum(float(ssim(r, x, data_range=1.0, reduction="sum")) for x, r in parts)
-        metrics["ssim"] = total / len(images)
+        totals = [ssim(r, x, data_range=1.0, reduction="sum") for x, r in parts]
+        metrics["ssim"] = torch.stack(totals).sum().item() / len(images)  # type: ignore[arg-type]
     return metrics
 
 

@@ -77,7 +77,7 @@ class AutoencoderModel(PreTrainedModel):
     config_class = AutoencoderConfig
     base_model_prefix = "autoencoder"
     main_input_name = "pixel_values"
-    input_modalities = ("image",)
+    input_modalities = ["image"]
     supports_gradient_checkpointing = True
     values_per_code = 1
     """Encoder outputs for each value of the code: a Gaussian posterior needs two."""
@@ -124,14 +124,14 @@ class AutoencoderModel(PreTrainedModel):
     # What users call
 
     @with_offload_hook
-    def encode(self, pixel_values: torch.Tensor, return_dict: bool = True) -> EncoderOutput:
+    def encode(self, pixel_values: torch.Tensor, return_dict: bool = True):
         """pixel_values -> `.latents`. In `eval()` the same input gives the same latents."""
         self._check_pixels(pixel_values)
         encoded = self._encode(pixel_values.to(self.dtype))
         return encoded if return_dict else encoded.to_tuple()
 
     @with_offload_hook
-    def decode(self, latents: torch.Tensor, return_dict: bool = True, generator=None, pool_positions=None) -> DecoderOutput:
+    def decode(self, latents: torch.Tensor, return_dict: bool = True, generator=None, pool_positions=None):
         """latents -> `.sample`, pictures in `config.pixel_range`.
 
         `pool_positions` are those of `encode`, for `upsample="unpool"`: a part of what the encoder says about the image.
@@ -142,18 +142,21 @@ class AutoencoderModel(PreTrainedModel):
         sample = self._to_pixels(self._decode(latents.to(self.dtype), pool_positions))
         return DecoderOutput(sample=sample) if return_dict else (sample,)
 
-    def forward(self, pixel_values: torch.Tensor, return_dict: bool = True) -> AutoencoderOutput:
+    def forward(self, pixel_values: torch.Tensor, return_dict: bool = True):
         """pixel_values -> reconstruction, latents and the loss against `pixel_values`."""
         self._check_pixels(pixel_values)
         return self._run(pixel_values, pixel_values, return_dict)
 
-    def _run(self, pixel_values, seen, return_dict) -> AutoencoderOutput:
+    def _run(self, pixel_values, seen, return_dict):
         """Encode what the encoder is shown, decode, and compare with `pixel_values`."""
         pixel_values = pixel_values.to(self.dtype)
         encoded = self._encode(seen.to(self.dtype))
         logits = self._decode(encoded.latents, encoded.pool_positions)
-        losses = {"reconstruction": self.reconstruction_term(logits, pixel_values), **self.penalties(pixel_values, encoded)}
-        output = AutoencoderOutput(sum(losses.values()), losses, self._to_pixels(logits), encoded.latents)
+        losses = {
+            "reconstruction": self.reconstruction_term(logits, pixel_values),
+            **self.penalties(pixel_values, encoded),
+        }
+        output = AutoencoderOutput(torch.stack([*losses.values()]).sum(), losses, self._to_pixels(logits), encoded.latents)
         return output if return_dict else output.to_tuple()
 
     def reconstruction_term(self, logits: torch.Tensor, pixel_values: torch.Tensor) -> torch.Tensor:

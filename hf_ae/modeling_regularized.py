@@ -6,7 +6,7 @@ import torch
 
 from .configuration import ContractiveAutoencoderConfig, DenoisingAutoencoderConfig, SparseAutoencoderConfig
 from .corruptions import corrupt
-from .modeling_autoencoder import AutoencoderModel, AutoencoderOutput
+from .modeling_autoencoder import AutoencoderModel
 
 
 class SparseAutoencoderModel(AutoencoderModel):
@@ -51,7 +51,7 @@ class DenoisingAutoencoderModel(SparseAutoencoderModel):
     def is_regularized(self):
         return True
 
-    def forward(self, pixel_values, return_dict: bool = True, corrupt: bool | None = None) -> AutoencoderOutput:
+    def forward(self, pixel_values, return_dict: bool = True, corrupt: bool | None = None):
         """pixel_values -> reconstruction; the loss is against `pixel_values` as given, before the damage."""
         self._check_pixels(pixel_values)
         damage = self.training if corrupt is None else corrupt
@@ -59,9 +59,8 @@ class DenoisingAutoencoderModel(SparseAutoencoderModel):
 
     def corrupt(self, pixel_values, generator: torch.Generator | None = None):
         """`pixel_values` with the configured damage."""
-        return corrupt(
-            pixel_values, self.config.corruption, self.config.corruption_level, *self.config.pixel_range, generator
-        )
+        low, high = self.config.pixel_range
+        return corrupt(pixel_values, self.config.corruption, self.config.corruption_level, low, high, generator)
 
 
 class ContractiveAutoencoderModel(AutoencoderModel):
@@ -95,7 +94,7 @@ class ContractiveAutoencoderModel(AutoencoderModel):
 
     def _one_layer_jacobian_norm(self, pixel_values):
         """Σ_j σ'(a_j)²·‖W_j‖², with σ the activation of the code."""
-        linear = self.encoder.to_code
+        linear: torch.nn.Linear = self.encoder.to_code  # type: ignore[assignment]
         with torch.enable_grad():
             before = linear(pixel_values.flatten(1)).float()
             slope = {

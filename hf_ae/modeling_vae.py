@@ -64,7 +64,7 @@ class VAEModel(AutoencoderModel):
         self.tile_size = None
 
     @with_offload_hook
-    def encode(self, pixel_values: torch.Tensor, return_dict: bool = True) -> EncoderOutput:
+    def encode(self, pixel_values: torch.Tensor, return_dict: bool = True):
         """pixel_values -> `.latent_dist` (sample, mode, kl) and `.latents`."""
         self._check_pixels(pixel_values)
         scale = self.config.downsampling
@@ -73,7 +73,7 @@ class VAEModel(AutoencoderModel):
         return encoded if return_dict else (encoded.latent_dist,)
 
     @with_offload_hook
-    def decode(self, latents: torch.Tensor, return_dict: bool = True, generator=None, pool_positions=None) -> DecoderOutput:
+    def decode(self, latents: torch.Tensor, return_dict: bool = True, generator=None, pool_positions=None):
         """latents -> `.sample`, pictures in `config.pixel_range`. Nothing is drawn; `generator` is accepted for pipelines."""
         self._check_latents(latents)
         scale = self.config.downsampling
@@ -99,6 +99,7 @@ class BetaVAEModel(VAEModel):
     """
 
     config_class = BetaVAEConfig
+    forward_passes: torch.Tensor
 
     def __init__(self, config):
         super().__init__(config)

@@ -9,6 +9,7 @@ size that divides.
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import torch
 from torch import nn
@@ -46,7 +47,7 @@ class MLPEncoder(nn.Module):
     def __init__(self, config, values_per_code: int):
         super().__init__()
         widths = [config.num_pixels, *config.hidden_sizes]
-        self.layers = nn.ModuleList(MLPLayer(a, b, config.activation) for a, b in zip(widths, widths[1:]))
+        self.layers = nn.ModuleList(MLPLayer(a, b, config.activation) for a, b in pairwise(widths))
         self.to_code = nn.Linear(widths[-1], config.latent_dim * values_per_code)
 
     def forward(self, pixel_values):
@@ -63,7 +64,7 @@ class MLPDecoder(nn.Module):
         super().__init__()
         widths = [config.latent_dim, *reversed(config.hidden_sizes)]
         self.image_shape = (config.num_channels, *config.image_hw)
-        self.layers = nn.ModuleList(MLPLayer(a, b, config.activation) for a, b in zip(widths, widths[1:]))
+        self.layers = nn.ModuleList(MLPLayer(a, b, config.activation) for a, b in pairwise(widths))
         self.to_pixels = nn.Linear(widths[-1], config.num_pixels)
 
     def forward(self, code, positions=()):
@@ -95,18 +96,14 @@ class ConvUp(GradientCheckpointingLayer):
     def __init__(self, inputs: int, outputs: int, config, last: bool):
         super().__init__()
         self.how = config.upsample
-        self.conv = (
-            nn.ConvTranspose2d(inputs, outputs, 4, 2, 1)
-            if self.how == "transpose"
-            else nn.Conv2d(inputs, outputs, 3, padding=1)
-        )
+        self.conv = nn.ConvTranspose2d(inputs, outputs, 4, 2, 1) if self.how == "transpose" else nn.Conv2d(inputs, outputs, 3, padding=1)
         self.activation = nn.Identity() if last else ACTIVATIONS[config.activation]()
 
     def forward(self, x, positions=None):
         if self.how == "nearest":
             x = F.interpolate(x, scale_factor=2.0, mode="nearest")
         elif self.how == "unpool":
-            x = F.max_unpool2d(x, upper_left(x) if positions is None else positions, 2)
+            x = F.max_unpool2d(x, upper_left(x) if positions is None else positions, [2, 2])
         return self.activation(self.conv(x))
 
 
@@ -122,6 +119,7 @@ class FromFeatures(nn.Module):
 
     def __init__(self, config, channels: int, values_per_code: int):
         super().__init__()
+        self.project: nn.Module
         if config.latent_dim is None:
             self.project = nn.Conv2d(channels, config.latent_channels * values_per_code, 1)
         else:
@@ -137,6 +135,7 @@ class ToFeatures(nn.Module):
 
     def __init__(self, config, channels: int):
         super().__init__()
+        self.project: nn.Module
         if config.latent_dim is None:
             self.project = nn.Conv2d(config.latent_channels, channels, 1)
         else:
@@ -153,7 +152,7 @@ class ConvEncoder(nn.Module):
     def __init__(self, config, values_per_code: int):
         super().__init__()
         channels = [config.num_channels, *config.hidden_sizes]
-        self.layers = nn.ModuleList(ConvDown(a, b, config) for a, b in zip(channels, channels[1:]))
+        self.layers = nn.ModuleList(ConvDown(a, b, config) for a, b in pairwise(channels))
         self.to_code = FromFeatures(config, channels[-1], values_per_code)
 
     def forward(self, x):
@@ -171,7 +170,7 @@ class ConvDecoder(nn.Module):
     def __init__(self, config):
         super().__init__()
         channels = [*reversed(config.hidden_sizes), config.num_channels]
-        pairs = list(zip(channels, channels[1:]))
+        pairs = list(pairwise(channels))
         self.from_code = ToFeatures(config, channels[0])
         self.activation = ACTIVATIONS[config.activation]()
         self.layers = nn.ModuleList(ConvUp(a, b, config, last=i == len(pairs) - 1) for i, (a, b) in enumerate(pairs))

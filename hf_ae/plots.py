@@ -72,7 +72,7 @@ def latent_plane(codes, labels, decoded: torch.Tensor, extent, path=None, size: 
     points = left.scatter(codes[:, 0], codes[:, 1], c=labels, cmap="tab10", s=3, alpha=0.7, linewidths=0, vmin=-0.5, vmax=9.5)
     bar = figure.colorbar(points, ax=left, ticks=range(10), location="left", shrink=0.8)
     bar.set_label("class")
-    bar.solids.set_alpha(1)
+    bar.solids.set_alpha(1)  # type: ignore[union-attr]
     left.set(title="codes of test images", xlim=extent[:2], ylim=extent[2:])
     right.imshow(sheet, extent=extent, interpolation="lanczos")
     right.set(title="what the decoder draws there")

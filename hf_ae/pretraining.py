@@ -23,7 +23,7 @@ def pretrain_layerwise(model, images, args, device, say=print):
     for level in range(depth):
         encode, decode, parameters = level_functions(model, level, depth)
         optimizer = torch.optim.Adam(parameters, args.learning_rate)
-        for epoch in range(args.pretrain_layerwise_epochs):
+        for _ in range(args.pretrain_layerwise_epochs):
             total = 0.0
             for rows in torch.randperm(len(below), device=device).split(args.train_batch_size):
                 x = below[rows]

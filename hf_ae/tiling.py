@@ -20,11 +20,11 @@ def tiled(function, x: torch.Tensor, tile: int, scale: int, down: bool) -> torch
         return size // scale if down else size * scale
 
     height, width = x.shape[-2:]
-    total = weight = None
+    total = weight = torch.empty(0)
     for top in starts(height, tile, overlap):
         for left in starts(width, tile, overlap):
             y = function(x[..., top : top + tile, left : left + tile])
-            if total is None:
+            if not total.numel():
                 total = y.new_zeros(*y.shape[:2], out(height), out(width), dtype=torch.float32)
                 weight = torch.zeros(out(height), out(width), device=y.device)
             window = ramp(y.shape[-2], out(overlap), y.device)[:, None] * ramp(y.shape[-1], out(overlap), y.device)

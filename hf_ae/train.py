@@ -92,7 +92,7 @@ def train(args: ImageTrainingArguments):
     (output / ".hf_ae_run").touch()
     share = dict(seed=args.seed, rank=accelerator.process_index, processes=accelerator.num_processes)
     if args.streaming:
-        total_steps = args.max_train_steps
+        total_steps = args.max_train_steps or 0
     else:
         per_epoch = images.num_batches(args.train_batch_size, accelerator.num_processes)
         total_steps = args.max_train_steps or args.num_train_epochs * per_epoch // args.gradient_accumulation_steps
@@ -123,8 +123,14 @@ def train(args: ImageTrainingArguments):
     prepare = dict(device=accelerator.device, pixel_range=tuple(config.pixel_range), flip=args.random_flip,
                    shift=args.random_shift, binarize=args.binarize)  # fmt: skip
     parameters = list(model.parameters())
-    bar = tqdm(total=total_steps, initial=progress.step, disable=not accelerator.is_main_process, mininterval=1.0, desc="training")
-    seen, started, paused = 0, time.perf_counter(), 0.0
+    bar = tqdm(
+        total=total_steps,
+        initial=progress.step,
+        disable=not accelerator.is_main_process,
+        mininterval=1.0,
+        desc="training",
+    )
+    seen, started, paused, warm = 0, time.perf_counter(), 0.0, None
     model.train()
     try:
         while progress.step < total_steps:
@@ -143,6 +149,7 @@ def train(args: ImageTrainingArguments):
                 if not accelerator.sync_gradients:
                     continue
                 progress.step += 1
+                warm = warm or (time.perf_counter(), seen)  # the first step also compiles and allocates
                 for scheduler in schedulers:
                     scheduler.step()
                 if ema is not None:
@@ -165,13 +172,15 @@ def train(args: ImageTrainingArguments):
                 paused += time.perf_counter() - before
         guard.check()
     except NonFiniteLossError as error:
-        bar.close()
         good = next(reversed(checkpoints(output)), None)
         advice = f"The last good checkpoint is {good}." if good else "No checkpoint was written before."
         raise NonFiniteLossError(f"{error} {advice} Try a lower --learning_rate or --max_grad_norm 1.0.") from None
-    bar.close()
-    seconds = time.perf_counter() - started - paused
-    say(f"Trained on {seen:,} images in {seconds:.1f} s ({seen / seconds:,.0f} images/s).")
+    finally:
+        bar.close()
+    if warm is not None:
+        now = time.perf_counter() - paused
+        rate = (seen - warm[1]) / max(now - warm[0], 1e-9)
+        say(f"Trained on {seen:,} images in {now - started:.1f} s ({rate:,.0f} images/s after the first step).")
     finish(accelerator, accelerator.unwrap_model(model), ema, processor, args, output)
 
 
@@ -290,7 +299,15 @@ def finish(accelerator, model, ema, processor, args, output: Path):
 
 def write_recipe(args, path: Path):
     """The flags that differ from their defaults, as a recipe that trains the same model again."""
-    machine = {"output_dir", "overwrite_output_dir", "resume_from_checkpoint", "push_to_hub", "hub_model_id", "hub_private", "report_to"}
+    machine = {
+        "output_dir",
+        "overwrite_output_dir",
+        "resume_from_checkpoint",
+        "push_to_hub",
+        "hub_model_id",
+        "hub_private",
+        "report_to",
+    }
     kept = {}
     for field in dataclasses.fields(args):
         value = getattr(args, field.name)

@@ -176,9 +176,7 @@ def make_optimizers(model, args: TrainingArguments) -> list[torch.optim.Optimize
     rest = [p for p in parameters if p.ndim != 2]
     if not matrices:
         raise ValueError("optimizer='muon' needs weight matrices, and this network has none: write adamw.")
-    muon = torch.optim.Muon(
-        matrices, args.learning_rate, weight_decay=args.weight_decay, adjust_lr_fn="match_rms_adamw"
-    )
+    muon = torch.optim.Muon(matrices, args.learning_rate, weight_decay=args.weight_decay, adjust_lr_fn="match_rms_adamw")
     return [muon, torch.optim.AdamW(rest, args.learning_rate, weight_decay=0.0, fused=fused)] if rest else [muon]
 
 
@@ -223,7 +221,8 @@ class FiniteGuard:
     """
 
     def __init__(self, device: torch.device):
-        self.every, self.pending = (1 if device.type == "cpu" else 20), []
+        self.every = 1 if device.type == "cpu" else 20
+        self.pending: list[tuple] = []
 
     def watch(self, step: int, loss: torch.Tensor, losses: dict):
         self.pending.append((step, loss.detach(), losses))

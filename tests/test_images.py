@@ -9,7 +9,15 @@ from conftest import SAMPLE
 from PIL import Image
 
 import hf_ae
-from hf_ae.data import ImagesInMemory, ImageStream, binarized_once, image_column, open_split, shift_randomly, to_pixel_values
+from hf_ae.data import (
+    ImagesInMemory,
+    ImageStream,
+    binarized_once,
+    image_column,
+    open_split,
+    shift_randomly,
+    to_pixel_values,
+)
 
 
 def processor(channels=3, size=8, pixel_range=(0.0, 1.0)):

@@ -179,7 +179,10 @@ def test_bernoulli_likelihood_matches_torch_distributions():
 
 def test_pca_with_all_components_is_exact_and_metrics_follow_their_definitions():
     basis = torch.rand(3, 1, 4, 4) / 3
-    train, test = torch.einsum("ij,jchw->ichw", torch.rand(50, 3), basis), torch.einsum("ij,jchw->ichw", torch.rand(5, 3), basis)
+    train, test = (
+        torch.einsum("ij,jchw->ichw", torch.rand(50, 3), basis),
+        torch.einsum("ij,jchw->ichw", torch.rand(5, 3), basis),
+    )
     torch.testing.assert_close(pca_reconstruction(train, test, 3), test)
     assert not torch.allclose(pca_reconstruction(train, test, 2), test, atol=1e-3)
     assert pca_reconstruction(train, test, 16) is None
@@ -210,9 +213,7 @@ def test_layerwise_pretraining_trains_each_layer_on_the_codes_below():
     from hf_ae.train import ImageTrainingArguments
 
     torch.manual_seed(0)
-    model = hf_ae.AutoencoderModel(
-        hf_ae.AutoencoderConfig(image_size=8, hidden_sizes=[24, 12], latent_dim=4, activation="sigmoid")
-    )
+    model = hf_ae.AutoencoderModel(hf_ae.AutoencoderConfig(image_size=8, hidden_sizes=[24, 12], latent_dim=4, activation="sigmoid"))
     images = ImagesInMemory((torch.rand(300, 1, 8, 1).expand(-1, -1, -1, 8) * 255).to(torch.uint8))
     lines = []
     args = ImageTrainingArguments(pretrain_layerwise_epochs=30, train_batch_size=20, learning_rate=0.01)

@@ -56,7 +56,11 @@ def test_encode_then_decode_is_forward_and_eval_is_deterministic(name):
     low, high = model.config.pixel_range
     if low == 0:
         assert low <= decoded.min() and decoded.max() <= high
-    for returned in (model(x, return_dict=False), model.encode(x, return_dict=False), model.decode(encoded.latents, return_dict=False)):
+    for returned in (
+        model(x, return_dict=False),
+        model.encode(x, return_dict=False),
+        model.decode(encoded.latents, return_dict=False),
+    ):
         assert isinstance(returned, tuple)
 
 
@@ -223,7 +227,9 @@ def test_drops_into_a_stock_stable_diffusion_pipeline():
     from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer  # noqa: F401
 
-    vae = hf_ae.VAEModel(hf_ae.VAEConfig(network="resnet", image_size=32, num_channels=3, hidden_sizes=[8, 16, 16], pixel_range=[-1.0, 1.0])).eval()
+    vae = hf_ae.VAEModel(
+        hf_ae.VAEConfig(network="resnet", image_size=32, num_channels=3, hidden_sizes=[8, 16, 16], pixel_range=[-1.0, 1.0])
+    ).eval()
     unet = UNet2DConditionModel(
         sample_size=8, in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=(8, 16), norm_num_groups=4,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
@@ -233,7 +239,14 @@ def test_drops_into_a_stock_stable_diffusion_pipeline():
     pipe.set_progress_bar_config(disable=True)
     assert pipe.vae_scale_factor == 4
     embeddings = torch.randn(1, 5, 12)
-    image = pipe(prompt_embeds=embeddings, negative_prompt_embeds=embeddings * 0, num_inference_steps=2, height=32, width=32, output_type="np").images
+    image = pipe(
+        prompt_embeds=embeddings,
+        negative_prompt_embeds=embeddings * 0,
+        num_inference_steps=2,
+        height=32,
+        width=32,
+        output_type="np",
+    ).images
     assert image.shape == (1, 32, 32, 3)
     distribution = vae.encode(torch.zeros(1, 3, 32, 32)).latent_dist
     first, second = (distribution.sample(torch.Generator().manual_seed(5)) for _ in range(2))

@@ -44,7 +44,11 @@ def test_killed_and_resumed_gives_bitwise_the_weights_of_an_uninterrupted_run(pr
     extra = ["--optimizer", "muon", "--gradient_accumulation_steps", "2"] if processes == 1 else []
     run(processes, "--output_dir", tmp_path / "whole", *extra)
     child = subprocess.Popen(
-        command(processes, "--output_dir", tmp_path / "cut", *extra), env=ENV, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        command(processes, "--output_dir", tmp_path / "cut", *extra),
+        env=ENV,
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
     )
     deadline = time.monotonic() + 120
     while len(checkpoints(tmp_path / "cut")) < 2 and time.monotonic() < deadline and child.poll() is None:
@@ -81,7 +85,12 @@ if accelerator.is_main_process:
     script.write_text(child)
     for processes in (1, 2):
         start = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"] if processes == 2 else []
-        subprocess.run([sys.executable, *start, script, SAMPLE, tmp_path / f"{processes}.pt"], env=ENV, check=True, capture_output=True)
+        subprocess.run(
+            [sys.executable, *start, script, SAMPLE, tmp_path / f"{processes}.pt"],
+            env=ENV,
+            check=True,
+            capture_output=True,
+        )
     one, two = (torch.load(tmp_path / f"{n}.pt", weights_only=True) for n in (1, 2))
     assert max((a - b).abs().max() / a.abs().max() for a, b in zip(one, two)) < 1e-5
 
@@ -90,7 +99,8 @@ def test_accelerate_launch_trains_from_a_recipe_and_the_folder_reloads(tmp_path)
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
         f"model_type: hf_ae_denoising\nconfig_overrides: {{network: conv, hidden_sizes: [4, 8], latent_dim: 6}}\n"
-        f"dataset_name: {SAMPLE}\nmax_train_samples: 100\nnum_train_epochs: 2\ntrain_batch_size: 25\nlearning_rate: 1e-3\nreport_to: tensorboard\n"
+        f"dataset_name: {SAMPLE}\nmax_train_samples: 100\nnum_train_epochs: 2\ntrain_batch_size: 25\n"
+        "learning_rate: 1e-3\nreport_to: tensorboard\n"
     )
     done = subprocess.run(
         [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "-m", "hf_ae.train", recipe,
@@ -102,7 +112,14 @@ def test_accelerate_launch_trains_from_a_recipe_and_the_folder_reloads(tmp_path)
     model = AutoModel.from_pretrained(tmp_path / "run")
     assert model.config.model_type == "hf_ae_denoising" and model.config.latent_dim == 6
     files = {p.name for p in (tmp_path / "run").iterdir()}
-    assert {"README.md", "recipe.yaml", "preprocessor_config.json", "modeling_regularized.py", "samples", "logs"} <= files
+    assert {
+        "README.md",
+        "recipe.yaml",
+        "preprocessor_config.json",
+        "modeling_regularized.py",
+        "samples",
+        "logs",
+    } <= files
     assert list((tmp_path / "run" / "logs").rglob("events*"))
     picture = Image.open(max((tmp_path / "run" / "samples").glob("*.png")))
     assert picture.width > 600 and picture.height > 150
@@ -112,16 +129,31 @@ def test_streaming_trains_and_learns_what_memory_does(train_args, tmp_path):
     losses = {}
     for streaming in (False, True):
         output = tmp_path / str(streaming)
-        train(train_args(streaming=streaming, max_train_samples=None, max_train_steps=150, output_dir=str(output), learning_rate=3e-3))
+        train(
+            train_args(
+                streaming=streaming,
+                max_train_samples=None,
+                max_train_steps=400,
+                output_dir=str(output),
+                learning_rate=3e-3,
+            )
+        )
         from hf_ae.evaluate import evaluate
 
         losses[streaming] = evaluate(output, str(SAMPLE), tasks=("reconstruction",), max_images=200)["reconstruction"]["mse"]
-    assert losses[True] < 0.05 and abs(losses[True] - losses[False]) < 0.1 * losses[False]
+    assert losses[True] < 0.045 and abs(losses[True] - losses[False]) < 0.1 * losses[False]
 
 
 def test_gradient_accumulation_equals_a_larger_batch(train_args, tmp_path):
     for name, batch, accumulate in (("one", 40, 1), ("two", 20, 2)):
-        train(train_args(output_dir=str(tmp_path / name), train_batch_size=batch, gradient_accumulation_steps=accumulate, max_train_steps=3))
+        train(
+            train_args(
+                output_dir=str(tmp_path / name),
+                train_batch_size=batch,
+                gradient_accumulation_steps=accumulate,
+                max_train_steps=3,
+            )
+        )
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
     assert max((one[k] - two[k]).abs().max() for k in one) < 1e-4
 
@@ -143,7 +175,16 @@ def test_nothing_in_a_checkpoint_is_a_pickle(train_args, tmp_path):
 
 def test_loss_that_is_not_finite_stops_with_step_term_and_checkpoint(train_args, tmp_path):
     with pytest.raises(ValueError) as error:
-        train(train_args(learning_rate=1e8, max_train_steps=200, checkpointing_steps=1, model_type="hf_ae_vae", lr_warmup_steps=0, lr_scheduler="constant"))
+        train(
+            train_args(
+                learning_rate=1e8,
+                max_train_steps=200,
+                checkpointing_steps=1,
+                model_type="hf_ae_vae",
+                lr_warmup_steps=0,
+                lr_scheduler="constant",
+            )
+        )
     text = str(error.value)
     assert "step" in text and ("kl" in text or "reconstruction" in text or "weight" in text)
     good = checkpoints(tmp_path / "run")
@@ -191,7 +232,9 @@ def test_bad_flags_and_datasets_are_named(capsys, tmp_path):
     expect_one_line(capsys, [tmp_path / "missing.yaml"], "missing.yaml")
     (tmp_path / "bad.yaml").write_text("learning_rat: 1e-3\n")
     expect_one_line(capsys, [tmp_path / "bad.yaml"], "learning_rat")
-    datasets.Dataset.from_dict({"image": []}, features=datasets.Features({"image": datasets.Image()})).to_parquet(tmp_path / "empty" / "train.parquet")
+    datasets.Dataset.from_dict({"image": []}, features=datasets.Features({"image": datasets.Image()})).to_parquet(
+        tmp_path / "empty" / "train.parquet"
+    )
     expect_one_line(capsys, ["--dataset_name", tmp_path / "empty", "--output_dir", tmp_path / "o"], "empty")
 
 
@@ -210,7 +253,16 @@ def test_output_folders_that_are_not_ours_are_left_alone(capsys, train_args, tmp
     mine = tmp_path / "photos"
     mine.mkdir()
     (mine / "holiday.jpg").write_bytes(b"precious")
-    flags = ["--dataset_name", SAMPLE, "--max_train_samples", "40", "--validation_epochs", "0", "--config_overrides", "hidden_sizes=[8]"]
+    flags = [
+        "--dataset_name",
+        SAMPLE,
+        "--max_train_samples",
+        "40",
+        "--validation_epochs",
+        "0",
+        "--config_overrides",
+        "hidden_sizes=[8]",
+    ]
     for more in ([], ["--overwrite_output_dir"]):
         expect_one_line(capsys, [*flags, "--output_dir", mine, *more], "photos", "not ours")
     assert [p.name for p in mine.iterdir()] == ["holiday.jpg"]
@@ -236,5 +288,10 @@ def test_a_checkpoint_of_another_model_or_a_damaged_one_is_refused(capsys, train
 
 def test_overrides_are_parsed_as_yaml_values():
     text = "latent_dim=16, hidden_sizes=[512, 256],network=conv,pixel_range=[-1.0,1.0]"
-    assert parse_overrides(text) == {"latent_dim": 16, "hidden_sizes": [512, 256], "network": "conv", "pixel_range": [-1.0, 1.0]}
+    assert parse_overrides(text) == {
+        "latent_dim": 16,
+        "hidden_sizes": [512, 256],
+        "network": "conv",
+        "pixel_range": [-1.0, 1.0],
+    }
     assert json.dumps(parse_overrides("kl_weight=1e-6,latent_dim=null"))

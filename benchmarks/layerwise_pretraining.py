@@ -1,0 +1,55 @@
+"""What greedy layer-wise pretraining buys a deep sigmoid autoencoder (784-1000-500-250-30) on MNIST.
+
+    python benchmarks/layerwise_pretraining.py MNIST_FOLDER [--epochs 10] [--layer_epochs 5]
+
+Trains three models, alike but for the start, and prints the squared error per test image:
+pretrained (`layer_epochs` for each of the four layers, then `epochs` end to end), the same number of end-to-end epochs
+without pretraining, and as many end-to-end epochs as both phases together.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from hf_ae.evaluate import evaluate
+
+
+def error(folder: str, epochs: int, layer_epochs: int, optimizer: str, rate: float) -> float:
+    with tempfile.TemporaryDirectory() as scratch:
+        output = Path(scratch, "model")
+        subprocess.run(
+            [
+                sys.executable, "-m", "hf_ae.train", "--dataset_name", folder, "--output_dir", str(output), "--validation_epochs", "0",
+                "--config_overrides", "hidden_sizes=[1000,500,250],latent_dim=30,activation=sigmoid", "--train_batch_size", "250",
+                "--num_train_epochs", str(epochs), "--pretrain_layerwise_epochs", str(layer_epochs), "--optimizer", optimizer,
+                "--learning_rate", str(rate), "--mixed_precision", "bf16",
+            ],
+            check=True, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+        )  # fmt: skip
+        metrics = evaluate(output, folder, tasks=("reconstruction",), save=False)
+    return metrics["reconstruction"]["squared_error_per_image"]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder")
+    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--layer_epochs", type=int, default=5)
+    args = parser.parse_args()
+    total = args.epochs + 4 * args.layer_epochs
+    for optimizer, rate in (("adamw", 1e-3), ("muon", 3e-3)):
+        rows = [
+            (f"pretrained, {args.layer_epochs} epochs a layer, then {args.epochs} epochs", args.epochs, args.layer_epochs),
+            (f"not pretrained, {args.epochs} epochs", args.epochs, 0),
+            (f"not pretrained, {total} epochs", total, 0),
+        ]
+        for name, epochs, layer_epochs in rows:
+            print(f"{optimizer}, {name}: {error(args.folder, epochs, layer_epochs, optimizer, rate):.2f} per test image", flush=True)
+
+
+if __name__ == "__main__":
+    main()
