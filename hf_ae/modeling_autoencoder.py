@@ -152,25 +152,26 @@ class AutoencoderModel(PreTrainedModel):
         pixel_values = pixel_values.to(self.dtype)
         encoded = self._encode(seen.to(self.dtype))
         logits = self._decode(encoded.latents, encoded.pool_positions)
+        reconstruction = self._to_pixels(logits.float())
         losses = {
-            "reconstruction": self.reconstruction_term(logits, pixel_values),
+            "reconstruction": self.reconstruction_term(logits.float(), reconstruction, pixel_values.float()),
             **self.penalties(pixel_values, encoded),
         }
-        output = AutoencoderOutput(torch.stack([*losses.values()]).sum(), losses, self._to_pixels(logits), encoded.latents)
+        loss = torch.stack([*losses.values()]).sum()
+        output = AutoencoderOutput(loss, losses, reconstruction.to(logits.dtype), encoded.latents)
         return output if return_dict else output.to_tuple()
 
-    def reconstruction_term(self, logits: torch.Tensor, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Summed over the values of an image, averaged over the batch, from the decoder's output before the sigmoid.
+    def reconstruction_term(self, logits: torch.Tensor, reconstruction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """Summed over the values of an image, averaged over the batch; `logits` are the reconstruction before the sigmoid.
 
         mse: squared errors, without a factor ½. l1: absolute errors. bce: binary cross-entropy in nats.
         """
-        logits, target = logits.float(), pixel_values.float()
         if self.config.reconstruction_loss == "bce":
             total = F.binary_cross_entropy_with_logits(logits, target, reduction="sum")
         elif self.config.reconstruction_loss == "l1":
-            total = F.l1_loss(self._to_pixels(logits), target, reduction="sum")
+            total = F.l1_loss(reconstruction, target, reduction="sum")
         else:
-            total = F.mse_loss(self._to_pixels(logits), target, reduction="sum")
+            total = F.mse_loss(reconstruction, target, reduction="sum")
         return total / len(target)
 
     # The shared inside

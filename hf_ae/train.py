@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import shutil
@@ -27,6 +28,7 @@ from hf_ae.training import (
     FiniteGuard,
     NonFiniteLossError,
     Progress,
+    Run,
     TrainingArguments,
     averaged,
     check_output_dir,
@@ -68,120 +70,127 @@ def main(argv: list[str] | None = None):
 
 
 def train(args: ImageTrainingArguments):
-    # Where results go, and what is trained
-    output = Path(args.output_dir)
-    model = make_model(args)
-    if args.dataset_name is None:
-        raise ValueError("Which dataset? Write --dataset_name with a Hub id or a folder.")
-    if args.streaming and args.max_train_steps is None:
-        raise ValueError("A stream has no known length: write --max_train_steps.")
-    check_output_dir(output, args.overwrite_output_dir, args.resume_from_checkpoint is not None)
-    resume_from = find_checkpoint(args.resume_from_checkpoint, output)
+    """Everything from the flags to a finished model folder."""
+    output, model = Path(args.output_dir), make_model(args)
+    resume_from = check_request(args, output)
     accelerator = make_accelerator(args, output)
-    logging.disable_progress_bar()
-    say = accelerator.print
-    if args.overwrite_output_dir and resume_from is None and accelerator.is_main_process:
-        for old in [*checkpoints(output), output / "samples"]:
-            shutil.rmtree(old, ignore_errors=True)
-
-    # Data
     processor = hf_ae.AutoencoderImageProcessor.from_config(model.config)
-    images, evaluation = load_images(args, processor, quiet=not accelerator.is_main_process)
-    if model.config.model_type == "hf_ae_beta_vae" and model.config.objective == "total_correlation" and not args.streaming:
+    images, held_out = load_images(args, processor, quiet=not accelerator.is_main_process)
+    if accelerator.is_main_process:
+        clear_output(output, everything=args.overwrite_output_dir and resume_from is None)
+    if getattr(model.config, "objective", None) == "total_correlation" and not args.streaming:
         model.config.dataset_size = model.config.dataset_size or len(images)
-    (output / ".hf_ae_run").touch()
-    share = dict(seed=args.seed, rank=accelerator.process_index, processes=accelerator.num_processes)
-    if args.streaming:
-        total_steps = args.max_train_steps or 0
-    else:
-        per_epoch = images.num_batches(args.train_batch_size, accelerator.num_processes)
-        total_steps = args.max_train_steps or args.num_train_epochs * per_epoch // args.gradient_accumulation_steps
-
-    # Model, optimizers, moving average
-    model.to(accelerator.device)
-    if args.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
-    if args.pretrain_layerwise_epochs and resume_from is None:
-        pretrain_layerwise(model, images, args, accelerator.device, say)
-    optimizers = make_optimizers(model, args)
-    schedulers = make_schedulers(optimizers, args, total_steps)
-    ema = make_ema(model, args)
-    if ema is not None:
-        ema.to(accelerator.device)
-    model, *optimizers = accelerator.prepare(model, *optimizers)
-    progress = Progress()
-    set_seed(args.seed, device_specific=True)
-    if resume_from is not None:
-        progress = load_checkpoint(accelerator, resume_from, model, optimizers, schedulers, ema)
-        say(f"Going on from {resume_from.name}.")
-    guard = FiniteGuard(accelerator.device)
-    if args.report_to != "none":
-        accelerator.init_trackers("hf_ae", config=trackable(args))
-
-    # The loop
-    config = accelerator.unwrap_model(model).config
-    prepare = dict(device=accelerator.device, pixel_range=tuple(config.pixel_range), flip=args.random_flip,
-                   shift=args.random_shift, binarize=args.binarize)  # fmt: skip
-    parameters = list(model.parameters())
-    bar = tqdm(
-        total=total_steps,
-        initial=progress.step,
-        disable=not accelerator.is_main_process,
-        mininterval=1.0,
-        desc="training",
-    )
-    seen, started, paused, warm = 0, time.perf_counter(), 0.0, None
-    model.train()
+    run = start(args, accelerator, model, images, resume_from)
     try:
-        while progress.step < total_steps:
-            for pixels in images.batches(args.train_batch_size, progress.epoch, start=progress.batch, **share):
-                with accelerator.accumulate(model):
-                    output_ = model(to_pixel_values(pixels, **prepare))
-                    accelerator.backward(output_.loss)
-                    if args.max_grad_norm is not None and accelerator.sync_gradients:
-                        accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
-                    for optimizer in optimizers:
-                        optimizer.step()
-                        optimizer.zero_grad()
-                progress.batch += 1
-                seen += len(pixels) * accelerator.num_processes
-                guard.watch(progress.step + 1, output_.loss, output_.losses)
-                if not accelerator.sync_gradients:
-                    continue
-                progress.step += 1
-                warm = warm or (time.perf_counter(), seen)  # the first step also compiles and allocates
-                for scheduler in schedulers:
-                    scheduler.step()
-                if ema is not None:
-                    ema.step(parameters)
-                bar.update()
-                if progress.step % args.logging_steps == 0:
-                    report(accelerator, bar, output_, schedulers, progress.step, args)
-                if args.checkpointing_steps and progress.step % args.checkpointing_steps == 0:
-                    guard.check()
-                    limit = args.checkpoints_total_limit
-                    save_checkpoint(accelerator, output, model, optimizers, schedulers, ema, progress, limit)
-                if progress.step >= total_steps:
-                    break
-            else:
-                progress.epoch, progress.batch = progress.epoch + 1, 0
-            last = progress.step >= total_steps
-            if evaluation is not None and args.validation_epochs and (last or progress.epoch % args.validation_epochs == 0):
-                before = time.perf_counter()
-                validate(accelerator, model, ema, evaluation, args, output, progress)
-                paused += time.perf_counter() - before
-        guard.check()
+        loop(args, run, images, held_out, output)
     except NonFiniteLossError as error:
         good = next(reversed(checkpoints(output)), None)
         advice = f"The last good checkpoint is {good}." if good else "No checkpoint was written before."
         raise NonFiniteLossError(f"{error} {advice} Try a lower --learning_rate or --max_grad_norm 1.0.") from None
-    finally:
-        bar.close()
-    if warm is not None:
-        now = time.perf_counter() - paused
-        rate = (seen - warm[1]) / max(now - warm[0], 1e-9)
-        say(f"Trained on {seen:,} images in {now - started:.1f} s ({rate:,.0f} images/s after the first step).")
-    finish(accelerator, accelerator.unwrap_model(model), ema, processor, args, output)
+    finish(args, run, processor, output)
+
+
+def start(args, accelerator, model, images, resume_from: Path | None) -> Run:
+    """The model, its optimizers, schedules and moving average, new or as a checkpoint left them."""
+    model.to(accelerator.device)
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    if args.pretrain_layerwise_epochs and resume_from is None:
+        pretrain_layerwise(model, images, args, accelerator.device, accelerator.print)
+    optimizers, ema = make_optimizers(model, args), make_ema(model, args)
+    steps = args.max_train_steps
+    if steps is None:
+        batches = images.num_batches(args.train_batch_size, accelerator.num_processes)
+        steps = max(1, args.num_train_epochs * batches // args.gradient_accumulation_steps)
+    schedulers = make_schedulers(optimizers, args, steps)
+    model = accelerator.prepare(model)
+    if accelerator.scaler is not None:  # fp16 alone needs accelerate's wrapper, which costs a small model 5% of its time
+        optimizers = [accelerator.prepare_optimizer(optimizer) for optimizer in optimizers]
+    run = Run(accelerator, model, optimizers, schedulers, ema, Progress(), steps)
+    set_seed(args.seed, device_specific=True)
+    if resume_from is not None:
+        load_checkpoint(run, resume_from)
+        accelerator.print(f"Going on from {resume_from.name}.")
+    if args.report_to != "none":
+        accelerator.init_trackers("hf_ae", config=trackable(args))
+    return run
+
+
+def loop(args, run: Run, images, held_out, output: Path):
+    """Epochs of steps, with reports, checkpoints and validation in between."""
+    accelerator, model, progress = run.accelerator, run.model, run.progress
+    config = accelerator.unwrap_model(model).config
+    share = dict(seed=args.seed, rank=accelerator.process_index, processes=accelerator.num_processes)
+    changes = dict(flip=args.random_flip, shift=args.random_shift, binarize=args.binarize)
+    parameters, guard, clock = list(model.parameters()), FiniteGuard(accelerator.device), Clock()
+    bar = tqdm(total=run.total_steps, initial=progress.step, disable=not accelerator.is_main_process, mininterval=1.0, desc="training")
+    model.train()
+    with bar:
+        while progress.step < run.total_steps:
+            for pixels in images.batches(args.train_batch_size, progress.epoch, start=progress.batch, **share):
+                with accelerator.accumulate(model):
+                    result = model(to_pixel_values(pixels, accelerator.device, config.pixel_range, **changes))
+                    accelerator.backward(result.loss)
+                    if accelerator.sync_gradients:
+                        if args.max_grad_norm is not None:
+                            accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
+                        for optimizer in run.optimizers:
+                            optimizer.step()
+                            optimizer.zero_grad()
+                progress.batch += 1
+                clock.saw(len(pixels) * accelerator.num_processes)
+                guard.watch(progress.step + 1, result.loss, result.losses)
+                if not accelerator.sync_gradients:
+                    continue
+                for scheduler in run.schedulers:
+                    scheduler.step()
+                if run.ema is not None:
+                    run.ema.step(parameters)
+                progress.step += 1
+                bar.update()
+                if progress.step % args.logging_steps == 0:
+                    report(args, run, bar, result)
+                if args.checkpointing_steps and progress.step % args.checkpointing_steps == 0:
+                    guard.check()
+                    save_checkpoint(run, output, args.checkpoints_total_limit)
+                if progress.step >= run.total_steps:
+                    break
+            else:
+                progress.epoch, progress.batch = progress.epoch + 1, 0
+            due = args.validation_epochs and progress.epoch % args.validation_epochs == 0
+            if held_out is not None and (due or progress.step >= run.total_steps):
+                with clock.paused():
+                    validate(args, run, held_out, output)
+        guard.check()
+    accelerator.print(clock.summary())
+
+
+class Clock:
+    """Counts images and the time that training took, without validation."""
+
+    def __init__(self):
+        self.begun, self.images, self.first = time.perf_counter(), 0, None
+
+    def saw(self, images: int):
+        self.images += images
+        if self.first is None:  # the first step also compiles and allocates
+            self.first = (time.perf_counter(), self.images)
+
+    @contextlib.contextmanager
+    def paused(self):
+        stopped = time.perf_counter()
+        yield
+        pause = time.perf_counter() - stopped
+        self.begun += pause
+        if self.first is not None:
+            self.first = (self.first[0] + pause, self.first[1])
+
+    def summary(self) -> str:
+        if self.first is None:
+            return "Nothing was left to train."
+        now = time.perf_counter()
+        rate = (self.images - self.first[1]) / max(now - self.first[0], 1e-9)
+        return f"Trained on {self.images:,} images in {now - self.begun:.1f} s ({rate:,.0f} images/s after the first step)."
 
 
 def make_model(args):
@@ -193,11 +202,29 @@ def make_model(args):
     return cls(cls.config_class(**parse_overrides(args.config_overrides)))
 
 
+def check_request(args, output: Path) -> Path | None:
+    """Raise ValueError for what cannot work, before anything is loaded; returns the checkpoint to go on from."""
+    if args.dataset_name is None:
+        raise ValueError("Which dataset? Write --dataset_name with a Hub id or a folder.")
+    if args.streaming and args.max_train_steps is None:
+        raise ValueError("A stream has no known length: write --max_train_steps.")
+    check_output_dir(output, args.overwrite_output_dir, args.resume_from_checkpoint is not None)
+    return find_checkpoint(args.resume_from_checkpoint, output)
+
+
+def clear_output(output: Path, everything: bool):
+    """Mark the folder as a run's; remove what an earlier run left there if it is to be replaced."""
+    (output / ".hf_ae_run").touch()
+    for old in [*checkpoints(output), output / "samples"] if everything else []:
+        shutil.rmtree(old, ignore_errors=True)
+
+
 def make_accelerator(args, output: Path) -> Accelerator:
     """The accelerator, with the tracker that `args.report_to` names."""
     trackers = ("none", "tensorboard", "trackio", "wandb")
     if args.report_to not in trackers:
         raise ValueError(f"report_to={args.report_to!r} is not known: write one of {', '.join(trackers)}.")
+    logging.disable_progress_bar()
     return Accelerator(
         mixed_precision=args.mixed_precision,
         gradient_accumulation_steps=args.gradient_accumulation_steps,
@@ -225,32 +252,33 @@ def load_images(args, processor, quiet: bool):
     return images, binarized_once(held_out.pixels) if args.binarize else held_out.pixels
 
 
-def report(accelerator, bar, output, schedulers, step: int, args):
+def report(args, run: Run, bar, output):
     """Loss terms to the progress bar and the tracker."""
     terms = {name: float(term.detach()) for name, term in output.losses.items()}
     bar.set_postfix(loss=f"{float(output.loss.detach()):.4g}", refresh=False)
     if args.report_to != "none":
         terms = {f"train/{name}": value for name, value in terms.items()}
-        rate = schedulers[0].get_last_lr()[0]
-        accelerator.log({"train/loss": float(output.loss.detach()), "learning_rate": rate, **terms}, step=step)
+        rate = run.schedulers[0].get_last_lr()[0]
+        run.accelerator.log({"train/loss": float(output.loss.detach()), "learning_rate": rate, **terms}, step=run.progress.step)
 
 
 @torch.no_grad()
-def validate(accelerator, model, ema, pixels: torch.Tensor, args, output: Path, progress: Progress):
+def validate(args, run: Run, pixels: torch.Tensor, output: Path):
     """Losses on held-out images, and a picture of some of them, with the averaged weights if there are any."""
+    accelerator, progress = run.accelerator, run.progress
     if not accelerator.is_main_process:
         return
-    model = accelerator.unwrap_model(model)
+    model = accelerator.unwrap_model(run.model)
     model.eval()
     totals: dict[str, float] = {}
-    with averaged(model, ema):
+    with averaged(model, run.ema):
         for batch in pixels.split(500):
-            values = to_pixel_values(batch, accelerator.device, tuple(model.config.pixel_range))
+            values = to_pixel_values(batch, accelerator.device, model.config.pixel_range)
             with accelerator.autocast():
                 losses = model(values).losses
             for name, term in losses.items():
                 totals[name] = totals.get(name, 0.0) + float(term) * len(batch) / len(pixels)
-        picture = draw_samples(model, to_pixel_values(pixels[:12], accelerator.device, tuple(model.config.pixel_range)))
+        picture = draw_samples(model, to_pixel_values(pixels[:12], accelerator.device, model.config.pixel_range))
     model.train()
     tqdm.write(f"step {progress.step}: " + "  ".join(f"{name} {value:.4f}" for name, value in totals.items()))
     (output / "samples").mkdir(exist_ok=True)
@@ -279,12 +307,13 @@ def draw_samples(model, values: torch.Tensor) -> dict[str, torch.Tensor]:
     return {name: (pixels - low) / (high - low) for name, pixels in rows.items()}
 
 
-def finish(accelerator, model, ema, processor, args, output: Path):
+def finish(args, run: Run, processor, output: Path):
     """Save the final model as a complete model repository, and push it where that is asked."""
+    accelerator, model = run.accelerator, run.accelerator.unwrap_model(run.model)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        if ema is not None:
-            ema.copy_to(model.parameters())
+        if run.ema is not None:
+            run.ema.copy_to(model.parameters())
         save_model(model, output, args.save_dtype)
         processor.save_pretrained(output)
         write_recipe(args, output / "recipe.yaml")

@@ -12,6 +12,7 @@ import shutil
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -197,7 +198,9 @@ def make_ema(model, args: TrainingArguments):
         return None
     from diffusers.training_utils import EMAModel
 
-    return EMAModel(model.parameters(), decay=args.ema_decay, use_ema_warmup=True, power=0.75, foreach=True)
+    ema = EMAModel(model.parameters(), decay=args.ema_decay, use_ema_warmup=True, power=0.75, foreach=True)
+    ema.to(next(model.parameters()).device)
+    return ema
 
 
 @contextlib.contextmanager
@@ -252,6 +255,19 @@ class Progress:
     batch: int = 0
 
 
+@dataclass
+class Run:
+    """What a training script moves forward, and a checkpoint holds."""
+
+    accelerator: Any
+    model: Any
+    optimizers: list
+    schedulers: list
+    ema: Any
+    progress: Progress
+    total_steps: int
+
+
 def checkpoints(folder: Path) -> list[Path]:
     """Complete checkpoints in `folder`, oldest step first."""
     found = [p for p in folder.glob("checkpoint-*") if (p / "training_state.json").is_file()]
@@ -270,49 +286,53 @@ def find_checkpoint(wanted: str | None, folder: Path) -> Path | None:
     return path
 
 
-def save_checkpoint(accelerator, folder: Path, model, optimizers, schedulers, ema, progress: Progress, limit: int | None):
+def save_checkpoint(run: Run, folder: Path, limit: int | None):
     """Write `folder`/checkpoint-STEP: the model as from_pretrained reads it, and the rest of the state as safetensors
-    and JSON. The folder appears under its name only when it is complete."""
-    model = accelerator.unwrap_model(model)
+    and JSON. The folder appears under its name only when it is complete. All but the newest `limit` are removed."""
+    accelerator, step = run.accelerator, run.progress.step
+    model = accelerator.unwrap_model(run.model)
     for name, parameter in model.named_parameters():
         if not bool(torch.isfinite(parameter).all()):
-            raise NonFiniteLossError(f"At step {progress.step} the weight {name} is not finite: no checkpoint was written.")
-    random_states = accelerator.gather(torch.get_rng_state()[None].to(accelerator.device)).cpu()
-    if torch.cuda.is_available():
-        cuda_states = accelerator.gather(torch.cuda.get_rng_state()[None].to(accelerator.device)).cpu()
-    if not accelerator.is_main_process:
-        accelerator.wait_for_everyone()
-        return
-    tensors = {"random": random_states}
-    if torch.cuda.is_available():
-        tensors["random_cuda"] = cuda_states
-    state: dict = {"format": STATE_FORMAT, "progress": dataclasses.asdict(progress), "optimizers": [], "schedulers": []}
-    for number, optimizer in enumerate(optimizers):
-        saved = optimizer.state_dict()
-        state["optimizers"].append({"param_groups": saved["param_groups"], "scalars": {}})
-        for index, values in saved["state"].items():
-            for key, value in values.items():
-                tensors[f"optimizer.{number}.{index}.{key}"] = torch.as_tensor(value).cpu().contiguous()
-    for scheduler in schedulers:
-        state["schedulers"].append({k: v for k, v in scheduler.state_dict().items() if k != "lr_lambdas"})
-    if ema is not None:
-        state["ema"] = {"optimization_step": ema.optimization_step}
-        tensors.update({f"ema.{i}": p.cpu().contiguous() for i, p in enumerate(ema.shadow_params)})
-    target, partial = folder / f"checkpoint-{progress.step}", folder / f".partial-checkpoint-{progress.step}"
-    shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial)
-    save_file(tensors, partial / "training_state.safetensors")
-    (partial / "training_state.json").write_text(json.dumps(state))
-    shutil.rmtree(target, ignore_errors=True)
-    os.replace(partial, target)
-    for old in checkpoints(folder)[: -limit or None] if limit else []:
-        shutil.rmtree(old)
+            raise NonFiniteLossError(f"At step {step} the weight {name} is not finite: no checkpoint was written.")
+    tensors = {"random": accelerator.gather(torch.get_rng_state()[None].to(accelerator.device)).cpu()}
+    if accelerator.device.type == "cuda":
+        tensors["random_cuda"] = accelerator.gather(torch.cuda.get_rng_state()[None].to(accelerator.device)).cpu()
+    if accelerator.is_main_process:
+        state = {"format": STATE_FORMAT, "progress": dataclasses.asdict(run.progress), **pack_state(run, tensors)}
+        target, partial = folder / f"checkpoint-{step}", folder / f".partial-checkpoint-{step}"
+        shutil.rmtree(partial, ignore_errors=True)
+        model.save_pretrained(partial)
+        save_file(tensors, partial / "training_state.safetensors")
+        (partial / "training_state.json").write_text(json.dumps(state))
+        shutil.rmtree(target, ignore_errors=True)
+        os.replace(partial, target)
+        for old in checkpoints(folder)[: -limit or None] if limit else []:
+            shutil.rmtree(old)
     accelerator.wait_for_everyone()
 
 
-def load_checkpoint(accelerator, path: Path, model, optimizers, schedulers, ema) -> Progress:
+def pack_state(run: Run, tensors: dict) -> dict:
+    """Put the state of optimizers and moving average into `tensors`; returns what JSON can hold of it."""
+    state: dict = {"optimizers": [], "schedulers": []}
+    for number, optimizer in enumerate(run.optimizers):
+        saved = optimizer.state_dict()
+        state["optimizers"].append(saved["param_groups"])
+        for index, values in saved["state"].items():
+            for key, value in values.items():
+                tensors[f"optimizer.{number}.{index}.{key}"] = torch.as_tensor(value).cpu().contiguous()
+    for scheduler in run.schedulers:
+        state["schedulers"].append({k: v for k, v in scheduler.state_dict().items() if k != "lr_lambdas"})
+    if run.ema is not None:
+        state["ema_step"] = run.ema.optimization_step
+        tensors.update({f"ema.{i}": p.cpu().contiguous() for i, p in enumerate(run.ema.shadow_params)})
+    if run.accelerator.scaler is not None:
+        state["scaler"] = run.accelerator.scaler.state_dict()
+    return state
+
+
+def load_checkpoint(run: Run, path: Path):
     """Put a run back to where `save_checkpoint` left it. Raises ValueError where the checkpoint does not fit."""
-    model = accelerator.unwrap_model(model)
+    model = run.accelerator.unwrap_model(run.model)
     try:
         state = json.loads((path / "training_state.json").read_text())
         tensors = load_file(path / "training_state.safetensors")
@@ -320,34 +340,47 @@ def load_checkpoint(accelerator, path: Path, model, optimizers, schedulers, ema)
         weights = load_file(path / "model.safetensors")
     except Exception as error:
         raise ValueError(f"The checkpoint {path} is damaged: {error}") from None
+    check_fits(run, path, state, config, len(tensors.get("random", ())))
+    model.load_state_dict(weights)
+    unpack_state(run, state, tensors)
+    torch.set_rng_state(tensors["random"][run.accelerator.process_index].clone())
+    if "random_cuda" in tensors and run.accelerator.device.type == "cuda":
+        torch.cuda.set_rng_state(tensors["random_cuda"][run.accelerator.process_index].clone())
+    for name, value in state["progress"].items():
+        setattr(run.progress, name, value)
+
+
+def check_fits(run: Run, path: Path, state: dict, config: dict, processes: int):
+    """Raise ValueError unless a checkpoint is of this model, of this number of processes and these optimizers."""
     if state.get("format") != STATE_FORMAT:
         raise ValueError(f"The checkpoint {path} has format {state.get('format')}, and this version reads {STATE_FORMAT}.")
-    own = json.loads(model.config.to_json_string(use_diff=False))
+    own = json.loads(run.accelerator.unwrap_model(run.model).config.to_json_string(use_diff=False))
     changed = [k for k in sorted(own) if k in config and config[k] != own[k] and k not in _NOT_COMPARED]
     if changed:
         pairs = ", ".join(f"{k} {config[k]!r} there and {own[k]!r} here" for k in changed)
         raise ValueError(f"The checkpoint {path} is of another model: {pairs}.")
-    if len(tensors["random"]) != accelerator.num_processes:
-        raise ValueError(f"The checkpoint {path} was written by {len(tensors['random'])} processes, not {accelerator.num_processes}.")
-    if len(state["optimizers"]) != len(optimizers) or ("ema" in state) != (ema is not None):
+    if processes != run.accelerator.num_processes:
+        raise ValueError(f"The checkpoint {path} was written by {processes} process(es), not {run.accelerator.num_processes}.")
+    if len(state["optimizers"]) != len(run.optimizers) or ("ema_step" in state) != (run.ema is not None):
         raise ValueError(f"The checkpoint {path} was written with another --optimizer or --use_ema.")
-    model.load_state_dict(weights)
-    for number, (optimizer, saved) in enumerate(zip(optimizers, state["optimizers"])):
+
+
+def unpack_state(run: Run, state: dict, tensors: dict):
+    """What `pack_state` packed, back where it belongs."""
+    for number, (optimizer, groups) in enumerate(zip(run.optimizers, state["optimizers"])):
         prefix = f"optimizer.{number}."
         values: dict = {}
         for name in (n for n in tensors if n.startswith(prefix)):
             index, key = name[len(prefix) :].split(".")
             values.setdefault(int(index), {})[key] = tensors[name]
-        optimizer.load_state_dict({"state": values, "param_groups": saved["param_groups"]})
-    for scheduler, saved in zip(schedulers, state["schedulers"]):
+        optimizer.load_state_dict({"state": values, "param_groups": groups})
+    for scheduler, saved in zip(run.schedulers, state["schedulers"]):
         scheduler.load_state_dict({**saved, "lr_lambdas": [None] * len(saved["base_lrs"])})
-    if ema is not None:
-        ema.optimization_step = state["ema"]["optimization_step"]
-        ema.shadow_params = [tensors[f"ema.{i}"].to(p.device) for i, p in enumerate(ema.shadow_params)]
-    torch.set_rng_state(tensors["random"][accelerator.process_index].clone())
-    if "random_cuda" in tensors and torch.cuda.is_available():
-        torch.cuda.set_rng_state(tensors["random_cuda"][accelerator.process_index].clone())
-    return Progress(**state["progress"])
+    if run.ema is not None:
+        run.ema.optimization_step = state["ema_step"]
+        run.ema.shadow_params = [tensors[f"ema.{i}"].to(p.device) for i, p in enumerate(run.ema.shadow_params)]
+    if run.accelerator.scaler is not None and "scaler" in state:
+        run.accelerator.scaler.load_state_dict(state["scaler"])
 
 
 _NOT_COMPARED = {"transformers_version", "architectures", "auto_map", "dtype", "scaling_factor", "_name_or_path"}
