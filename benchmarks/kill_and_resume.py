@@ -11,13 +11,13 @@ from __future__ import annotations
 import argparse
 import os
 import random
-import signal
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
+import psutil
 import torch
 from safetensors.torch import load_file
 
@@ -33,7 +33,7 @@ ENV = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "HF_H
 def start(processes: int, folder: Path, *flags: str) -> subprocess.Popen:
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] if processes > 1 else []
     command = [sys.executable, *launch, "-m", "hf_ae.train", *FLAGS, "--output_dir", str(folder), *flags]
-    return subprocess.Popen(command, env=ENV, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    return subprocess.Popen(command, env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
 def newest(folder: Path) -> int:
@@ -50,7 +50,10 @@ def killed_run(processes: int, folder: Path, dice: random.Random) -> list[int]:
             time.sleep(0.002)
         time.sleep(dice.random() * 0.05)
         if child.poll() is None:
-            os.killpg(child.pid, signal.SIGKILL)
+            family = [*psutil.Process(child.pid).children(recursive=True), psutil.Process(child.pid)]
+            for process in family:
+                process.kill()
+            psutil.wait_procs(family)
             killed.append(newest(folder))
         child.wait()
     if start(processes, folder, "--resume_from_checkpoint", "latest").wait():

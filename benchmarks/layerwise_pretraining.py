@@ -30,7 +30,7 @@ def error(folder: str, epochs: int, layer_epochs: int, optimizer: str, rate: flo
             ],
             check=True, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
         )  # fmt: skip
-        metrics = evaluate(output, folder, tasks=("reconstruction",), save=False)
+        metrics = evaluate(output, folder, tasks="reconstruction", save=False)
     return metrics["reconstruction"]["squared_error_per_image"]
 
 

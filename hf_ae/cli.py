@@ -32,35 +32,29 @@ def main(argv: list[str] | None = None):
 def evaluate(
     model: Annotated[str, typer.Argument(help="Folder or Hub id of a model.")],
     dataset_name: Annotated[str, typer.Option("--dataset_name", help="Hub id of a dataset, or a folder.")],
-    dataset_config_name: Annotated[str | None, typer.Option("--dataset_config_name")] = None,
+    dataset_config_name: Annotated[str | None, typer.Option("--dataset_config_name", help="Where it has several.")] = None,
     image_column: Annotated[str | None, typer.Option("--image_column", help="Default: the only one with images.")] = None,
-    split: Annotated[str, typer.Option("--split", help="Split to measure on.")] = "test",
+    split: Annotated[str | None, typer.Option("--split", help="Split to measure on; default: test or validation.")] = None,
     train_split: Annotated[str, typer.Option("--train_split", help="Split to fit PCA on.")] = "train",
-    tasks: Annotated[str, typer.Option("--tasks", help="Comma-separated: reconstruction, likelihood.")] = "reconstruction,likelihood",
+    tasks: Annotated[str | None, typer.Option("--tasks", help="reconstruction,likelihood; default: what applies.")] = None,
     samples: Annotated[int, typer.Option("--samples", min=1, help="Importance samples an image for the likelihood.")] = 100,
     max_images: Annotated[int | None, typer.Option("--max_images", min=1, help="Measure the first images only.")] = None,
     binarize: Annotated[bool, typer.Option("--binarize", help="One fixed 0/1 draw of each pixel.")] = False,
 ):
-    """Measure a model on a dataset, beside PCA; in a local folder, write metrics.json, a picture and the card."""
+    """Measure a model on a dataset, beside PCA; in a local folder, write metrics.json, pictures and the card."""
+    options = {k: v for k, v in locals().items() if k not in ("model", "dataset_name")}
     from . import evaluate as measuring
 
-    names = tuple(t.strip() for t in tasks.split(",") if t.strip())
-    metrics = measuring.evaluate(
-        model, dataset_name, dataset_config_name, image_column, split, train_split, names, samples, max_images, binarize
-    )
-    for row, title in {
-        "reconstruction": "model",
-        "pca": f"PCA, {metrics['code_size']}",
-        "denoising_input": "damaged",
-        "denoising": "restored",
-    }.items():
+    metrics = measuring.evaluate(model, dataset_name, **options)
+    titles = {"reconstruction": "model", "pca": f"PCA, {metrics['code_size']}", "denoising_input": "damaged", "denoising": "restored"}
+    for row, title in titles.items():
         if row in metrics:
             print(f"{title:10}" + "".join(f"  {name} {value:.5g}" for name, value in metrics[row].items()))
     if "likelihood" in metrics:
         b = metrics["likelihood"]
         print(f"{'likelihood':10}  elbo {b['elbo']:.3f}  bound {b['log_likelihood_bound']:.3f} nats ({b['model']}, {b['samples']} samples)")
     if Path(model).is_dir():
-        print(f"Written: {Path(model, 'metrics.json')}, {Path(model, 'reconstructions.png')}, {Path(model, 'README.md')}")
+        print(f"Written to {model}: metrics.json, the card README.md and its pictures")
 
 
 @app.command()

@@ -140,6 +140,8 @@ class AutoencoderConfig(PreTrainedConfig):
             raise ValueError("upsample='unpool' needs the positions that max-pooling remembers: write downsample='maxpool'.")
         if self.reconstruction_loss == "bce" and self.pixel_range != [0.0, 1.0]:
             raise ValueError("reconstruction_loss='bce' needs pixel_range=[0.0, 1.0] (or write reconstruction_loss='mse').")
+        if not (math.isfinite(self.scaling_factor) and self.scaling_factor > 0):
+            raise ValueError(f"scaling_factor={self.scaling_factor} must be positive: latents are multiplied and divided by it.")
         self.check_size(*self.image_hw)
 
     def check_size(self, height: int, width: int):

@@ -12,9 +12,14 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from .image_processing import MODES
 
-def open_split(name: str, config_name: str | None = None, split: str = "train", streaming: bool = False):
-    """One split of a Hub dataset id or of a local folder. Raises ValueError that says what is there instead.
+HELD_OUT = ("test", "validation", "valid", "val", "eval")
+"""Names of the split that models are measured on, where none is asked for."""
+
+
+def open_dataset(name: str, config_name: str | None = None, streaming: bool = False):
+    """All splits of a Hub dataset id or of a local folder. Raises ValueError.
 
     A machine without the Hub reads `owner/name` from the folder `$HF_AE_DATASETS/name`, where that exists.
     """
@@ -24,27 +29,42 @@ def open_split(name: str, config_name: str | None = None, split: str = "train", 
     datasets.disable_progress_bars()
     copy = Path(os.environ.get("HF_AE_DATASETS", "/nonexistent"), name.split("/")[-1])
     try:
-        parts = datasets.load_dataset(str(copy) if copy.is_dir() and not Path(name).exists() else name, config_name, streaming=streaming)
-    except (OSError, datasets.exceptions.DatasetsError, HfHubHTTPError, ValueError) as error:
+        return datasets.load_dataset(str(copy) if copy.is_dir() and not Path(name).exists() else name, config_name, streaming=streaming)
+    except (OSError, RuntimeError, datasets.exceptions.DatasetsError, HfHubHTTPError, ValueError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(f"The dataset {name!r} cannot be opened: {reason}") from None
-    if split not in parts:
-        raise ValueError(f"The dataset {name!r} has no split {split!r}: it has {', '.join(map(str, parts))}.")
-    if not streaming and len(parts[split]) == 0:
-        raise ValueError(f"The split {split!r} of {name!r} is empty.")
-    return parts[split]
+
+
+def pick_split(parts, name: str):
+    """One split of an opened dataset. Raises ValueError that says what is there instead."""
+    if name not in parts:
+        raise ValueError(f"The dataset has no split {name!r}: it has {', '.join(map(str, parts))}.")
+    if hasattr(parts[name], "num_rows") and len(parts[name]) == 0:
+        raise ValueError(f"The split {name!r} of the dataset is empty.")
+    return parts[name]
+
+
+def held_out_name(parts) -> str | None:
+    """The split to measure on: the first of HELD_OUT that is there."""
+    return next((name for name in HELD_OUT if name in parts), None)
 
 
 def image_column(dataset, name: str | None = None) -> str:
     """The column that holds the images: `name`, or the only one of type Image. Raises ValueError."""
     import datasets
 
-    columns = list(dataset.features or dataset.column_names or [])
+    if dataset.features is None:  # a stream that has not said yet
+        first = next(iter(dataset))
+        columns, images = list(first), [c for c in first if hasattr(first[c], "convert")]
+    else:
+        columns = list(dataset.features)
+        images = [c for c in columns if isinstance(dataset.features[c], datasets.Image)]
     if name is not None:
         if name not in columns:
             raise ValueError(f"There is no column {name!r}: write --image_column with one of {', '.join(columns)}.")
+        if dataset.features is not None and isinstance(dataset.features[name], datasets.Value | datasets.ClassLabel):
+            raise ValueError(f"The column {name!r} holds no images: write --image_column with one of {', '.join(images or columns)}.")
         return name
-    images = [c for c in columns if isinstance(dataset.features[c], datasets.Image)] if dataset.features else []
     if len(images) != 1:
         raise ValueError(f"Which column holds the images? Write --image_column with one of {', '.join(images or columns)}.")
     return images[0]
@@ -71,10 +91,10 @@ class Decoder:
             if isinstance(value, dict):
                 value = value["bytes"] if value.get("bytes") is not None else value["path"]
             elif isinstance(value, list):
-                value = np.asarray(value, dtype=np.uint8)
+                value = np.asarray(value)
             array = self.processor.to_array(value, self.target)
             return array if array.dtype == np.uint8 else (array * 255).round().astype(np.uint8)
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, OverflowError) as error:
             if self.skip_broken:
                 self.skipped += 1
                 return None
@@ -101,17 +121,21 @@ class ImagesInMemory:
     @classmethod
     def load(cls, dataset, column: str, processor, skip_broken: bool = False, limit: int | None = None, progress=None):
         """Decode `column` of `dataset` (the first `limit` rows). `progress` wraps the iterator, as tqdm does."""
+        if processor.num_channels not in MODES and "Image" in str((dataset.features or {}).get(column)):
+            raise ValueError(f"num_channels={processor.num_channels} does not fit image files, which have 1, 3 or 4 channels.")
         dataset = undecoded(dataset, column)
-        if limit is not None:
-            dataset = dataset.select(range(min(limit, len(dataset))))
         decode = Decoder(processor, skip_broken)
-        values = (value for chunk in dataset.with_format("arrow")[:][column].chunks for value in chunk.to_pylist())
+        if hasattr(dataset, "num_rows"):
+            dataset = dataset if limit is None else dataset.select(range(min(limit, len(dataset))))
+            values = (value for chunk in dataset.with_format("arrow")[:][column].chunks for value in chunk.to_pylist())
+        else:
+            values = (row[column] for row in (dataset if limit is None else dataset.take(limit)))
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             arrays = pool.map(decode, enumerate(values), chunksize=256)
-            arrays = arrays if progress is None else progress(arrays, total=len(dataset))
+            arrays = arrays if progress is None else progress(arrays, total=getattr(dataset, "num_rows", limit))
             kept = [array for array in arrays if array is not None]
         if decode.skipped:
-            print(f"Skipped {decode.skipped} of {len(dataset)} images that cannot be read.")
+            print(f"Skipped {decode.skipped} of {decode.skipped + len(kept)} images that cannot be read.")
         if not kept:
             raise ValueError("No image of this split can be read.")
         return cls(torch.from_numpy(np.stack(kept)))
@@ -138,9 +162,11 @@ class ImagesInMemory:
 class ImageStream:
     """Images of a streamed split: rows pass through a shuffle buffer of encoded images and are decoded batch by batch."""
 
-    def __init__(self, dataset, column: str, processor, skip_broken: bool = False, buffer_size: int = 1000):
-        self.rows, self.column, self.buffer_size = undecoded(dataset, column), column, buffer_size
+    def __init__(self, dataset, column: str, processor, skip_broken: bool = False, limit: int | None = None, buffer_size: int = 1000):
+        rows = undecoded(dataset, column)
+        self.rows, self.column, self.buffer_size = rows if limit is None else rows.take(limit), column, buffer_size
         self.decode = Decoder(processor, skip_broken)
+        self.last: np.ndarray | None = None
 
     def batches(self, batch_size: int, epoch: int, seed: int = 0, start: int = 0, rank: int = 0, processes: int = 1):
         """As `ImagesInMemory.batches`; earlier batches are read again but not decoded."""
@@ -150,11 +176,18 @@ class ImageStream:
             together.append(row)
             if len(together) == batch_size * processes:
                 if batch >= start:
-                    arrays = [self.decode(row) for row in together[rank::processes]]
-                    yield torch.from_numpy(np.stack([a for a in arrays if a is not None]))
+                    yield torch.from_numpy(np.stack([self._image(row) for row in together[rank::processes]]))
                 together, batch = [], batch + 1
         if batch == 0:
             raise ValueError(f"The stream holds fewer than {batch_size * processes} images, one batch.")
+
+    def _image(self, row) -> np.ndarray:
+        """The row's image, or in place of one that is skipped the last good one: every process gets full batches."""
+        image = self.decode(row)
+        self.last = self.last if image is None else image
+        if self.last is None:
+            raise ValueError("The first image of the stream cannot be read.")
+        return self.last
 
     def _numbered(self):
         return ((number, row[self.column]) for number, row in enumerate(self.rows))
@@ -173,6 +206,11 @@ def shuffled(rows: Iterator, buffer_size: int, seed: int) -> Iterator:
         buffer[at] = row
     dice.shuffle(buffer)
     yield from buffer
+
+
+def batch_for(values: int, most: int = 500) -> int:
+    """How many images of so many values to work on at once, so that their feature maps fit into memory."""
+    return max(1, min(most, 2**22 // values))
 
 
 def to_pixel_values(pixels: torch.Tensor, device, pixel_range, flip=False, shift: int = 0, binarize=False) -> torch.Tensor:

@@ -30,7 +30,7 @@ def run(output: Path, seconds: int):
     print(f"   trained in {time.perf_counter() - started:.0f} s, start-up included")
 
     print("\n3. Reloaded from its folder and measured on 500 held-out images")
-    metrics = evaluate(trained, str(SAMPLE), tasks=("reconstruction",))
+    metrics = evaluate(trained, str(SAMPLE), tasks="reconstruction")
     print(f"   PSNR {metrics['reconstruction']['psnr']:.2f} dB; PCA with as many components: {metrics['pca']['psnr']:.2f} dB")
     model = load_model(trained)[0]
     with torch.no_grad():
@@ -46,7 +46,7 @@ def run(output: Path, seconds: int):
 
 def round_trip(path: Path):
     """One row for each shipped Fashion-MNIST model, of the same held-out images."""
-    from .data import ImagesInMemory, image_column, open_split
+    from .data import ImagesInMemory, image_column, open_dataset, pick_split
     from .evaluate import load_model, reconstruct
     from .metrics import reconstruction_metrics
     from .plots import labelled_rows
@@ -54,7 +54,7 @@ def round_trip(path: Path):
     folders = sorted(p for p in (CHECKOUT / "model_cards").glob("fashion-*") if (p / "model.safetensors").is_file())
     if not folders:
         return
-    dataset = open_split(str(SAMPLE), split="test")
+    dataset = pick_split(open_dataset(str(SAMPLE)), "test")
     processor = load_model(folders[0])[1]
     images = ImagesInMemory.load(dataset, image_column(dataset), processor).pixels.float() / 255
     rows = {"original": images[:12]}

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from tqdm.auto import tqdm
 
-from .data import ImagesInMemory, binarized_once, image_column, open_split, to_pixel_values
+from .data import (
+    ImagesInMemory,
+    batch_for,
+    binarized_once,
+    held_out_name,
+    image_column,
+    open_dataset,
+    pick_split,
+    to_pixel_values,
+)
 from .hub import write_card
 from .metrics import importance_weighted_bound, pca_reconstruction, reconstruction_metrics
 from .plots import labelled_rows, latent_plane
@@ -29,7 +40,7 @@ def load_model(name):
         config = AutoConfig.from_pretrained(name)
         if not str(config.model_type).startswith("hf_ae_"):
             raise ValueError(f"{name} is a {config.model_type!r} model, not one of hf_ae's.")
-        return AutoModel.from_pretrained(name).eval(), AutoImageProcessor.from_pretrained(name)
+        return AutoModel.from_pretrained(name, dtype=torch.float32).eval(), AutoImageProcessor.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise ValueError(f"The model {name} cannot be loaded: {str(error).strip().splitlines()[0]}") from None
     except Exception as error:  # safetensors has its own exceptions for damaged files
@@ -37,79 +48,126 @@ def load_model(name):
 
 
 @torch.no_grad()
-def reconstruct(model, images: torch.Tensor, batch_size: int = 500, **forward_options) -> torch.Tensor:
+def reconstruct(model, images: torch.Tensor) -> torch.Tensor:
     """Images in 0…1 (images, channels, height, width) -> their reconstructions in 0…1, on the CPU."""
     low, high = model.config.pixel_range
     parts = []
-    for batch in images.split(batch_size):
+    for batch in images.split(batch_for(images[0].numel())):
         values = batch.to(model.device) * (high - low) + low
-        parts.append((model(values, **forward_options).reconstruction.float().cpu() - low) / (high - low))
+        parts.append((model(values).reconstruction.float().cpu() - low) / (high - low))
     return torch.cat(parts).clamp(0, 1)
 
 
-def evaluate(
-    name,
-    dataset_name: str,
-    dataset_config_name: str | None = None,
-    image_column_name: str | None = None,
-    split: str = "test",
-    train_split: str = "train",
-    tasks: tuple[str, ...] = TASKS,
-    samples: int = 100,
-    max_images: int | None = None,
-    binarize: bool = False,
-    save: bool = True,
-) -> dict:
-    """Measure a model (folder or Hub id) on `split`; PCA is fitted on `train_split`. Returns what metrics.json holds.
+@dataclass
+class Request:
+    """What to measure, on which data."""
 
-    tasks: `reconstruction` (error, PSNR, SSIM, beside PCA with as many components; for a denoising model also from
-    damaged images) and `likelihood` (VAEs: bounds on log p(x) with `samples` draws an image). binarize: one fixed
-    Bernoulli draw of each pixel. In a local folder it also writes metrics.json, pictures and the card.
+    model: str
+    """Folder or Hub id."""
+    dataset_name: str
+    """Hub id or folder."""
+    dataset_config_name: str | None = None
+    image_column: str | None = None
+    """Default: the only column of images."""
+    split: str | None = None
+    """Split to measure on. Default: test or validation, or the only one."""
+    train_split: str = "train"
+    """Split that PCA is fitted on."""
+    tasks: str | None = None
+    """Comma-separated: reconstruction, likelihood. Default: all that apply to the model and the data."""
+    samples: int = 100
+    """Importance samples an image, for the likelihood."""
+    max_images: int | None = None
+    """Measure the first images only."""
+    binarize: bool = False
+    """One fixed Bernoulli draw of each pixel."""
+
+    def command(self) -> str:
+        """The command line that measures this."""
+        words = ["hf-ae evaluate", Path(self.model).name, "--dataset_name", self.dataset_name]
+        for field in dataclasses.fields(self)[2:]:
+            value = getattr(self, field.name)
+            if value != field.default:
+                words += [f"--{field.name}"] if value is True else [f"--{field.name}", str(value)]
+        return " ".join(words)
+
+
+def evaluate(model, dataset_name: str, save: bool = True, **options) -> dict:
+    """Measure a model (folder or Hub id) on a dataset; `options` are the other fields of `Request`.
+
+    reconstruction: error, PSNR and SSIM, beside PCA with as many components; for a denoising model also from damaged
+    images. likelihood (VAEs): bounds on log p(x). Returns what metrics.json holds; in a local folder it also writes
+    metrics.json, pictures and the card.
     """
-    unknown = [task for task in tasks if task not in TASKS]
+    request = Request(str(model), str(dataset_name), **options)
+    asked = [t.strip() for t in request.tasks.split(",") if t.strip()] if request.tasks else list(TASKS)
+    unknown = [task for task in asked if task not in TASKS]
     if unknown:
         raise ValueError(f"The task {unknown[0]!r} is not known: write one of {', '.join(TASKS)}.")
-    model, processor = load_model(name)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model.to(device)
-    test_set = open_split(dataset_name, dataset_config_name, split)
-    column = image_column(test_set, image_column_name)
-    pixels = ImagesInMemory.load(test_set, column, processor, limit=max_images, progress=decoding_bar).pixels
-    pixels = binarized_once(pixels) if binarize else pixels
+    loaded, processor = load_model(model)
+    loaded.to("cuda" if torch.cuda.is_available() else "cpu")
+    tasks = applicable(loaded, request, asked)
+    parts = open_dataset(request.dataset_name, request.dataset_config_name)
+    split = request.split or held_out_name(parts) or next(iter(parts))
+    dataset = pick_split(parts, split)
+    column = image_column(dataset, request.image_column)
+    pixels = ImagesInMemory.load(dataset, column, processor, limit=request.max_images, progress=decoding_bar).pixels
+    pixels = binarized_once(pixels) if request.binarize else pixels
     images = pixels.float() / 255
-    code_size = math.prod(model.config.code_shape)
     metrics: dict = {
-        "dataset": dataset_name,
-        "split": split,
+        "dataset": request.dataset_name,
+        "split": str(split),
         "images": len(images),
-        "binarized": binarize,
-        "code_size": code_size,
+        "binarized": request.binarize,
+        "code_size": math.prod(loaded.config.code_shape),
+        "command": request.command(),
     }
     rows = {"original": images[:12]}
     if "reconstruction" in tasks:
-        rebuilt = reconstruct(model, images)
+        rebuilt = reconstruct(loaded, images)
         metrics["reconstruction"] = reconstruction_metrics(images, rebuilt)
-        if hasattr(model.config, "corruption"):
-            add_denoising(model, images, metrics, rows)
+        if hasattr(loaded.config, "corruption"):
+            add_denoising(loaded, images, metrics, rows)
         rows["autoencoder"] = rebuilt[:12]
-        train_set = open_split(dataset_name, dataset_config_name, train_split)
-        limit = None if images[0].numel() <= 2000 else 5000
-        train = ImagesInMemory.load(train_set, column, processor, limit=limit, progress=decoding_bar).pixels
-        train = (binarized_once(train) if binarize else train).float() / 255
-        pca = pca_reconstruction(train, images, code_size)
-        if pca is not None:
-            metrics["pca"] = reconstruction_metrics(images, pca)
-            rows[f"PCA, {code_size}"] = pca[:12]
-    if "likelihood" in tasks and hasattr(model.config, "kl_weight"):
-        metrics["likelihood"] = likelihood(model, pixels, samples)
-    options = f" --tasks {','.join(tasks)}" if tuple(tasks) != TASKS else ""
-    options += f" --samples {samples}" if "likelihood" in metrics and samples != 100 else ""
-    options += f" --max_images {max_images}" if max_images else ""
-    options += " --binarize" if binarize else ""
-    metrics["command"] = f"hf-ae evaluate {Path(name).name} --dataset_name {dataset_name}{options}"
-    if save and Path(name).is_dir():
-        save_results(Path(name), model, processor, metrics, rows, test_set, images)
+        add_pca(request, parts, column, processor, images, metrics, rows)
+    if "likelihood" in tasks:
+        metrics["likelihood"] = likelihood(loaded, pixels, request.samples)
+    if save and Path(model).is_dir():
+        save_results(Path(model), loaded, metrics, rows, dataset, images)
     return metrics
+
+
+def applicable(model, request: Request, asked: list[str]) -> list[str]:
+    """The tasks that this model and request allow. One that was asked for by name and does not fit is an error."""
+    reason = None
+    if not hasattr(model.config, "kl_weight"):
+        reason = "it needs a variational autoencoder"
+    elif model.config.reconstruction_loss == "bce" and not request.binarize:
+        reason = "a model trained with bce gives probabilities of 0/1 pixels: write --binarize"
+    if reason is None or "likelihood" not in asked:
+        return asked
+    if request.tasks:
+        raise ValueError(f"No likelihood: {reason}.")
+    if hasattr(model.config, "kl_weight"):
+        print(f"No likelihood: {reason}.")
+    return [task for task in asked if task != "likelihood"]
+
+
+def add_pca(request: Request, parts, column: str, processor, images, metrics: dict, rows: dict):
+    """PCA with as many components as the code has values, where the training split allows it."""
+    size = metrics["code_size"]
+    if request.train_split not in parts:
+        print(f"No PCA: the dataset has no split {request.train_split!r} to fit it on (--train_split).")
+        return
+    limit = None if images[0].numel() <= 2000 else max(1, 2**26 // images[0].numel())
+    train = ImagesInMemory.load(pick_split(parts, request.train_split), column, processor, limit=limit, progress=decoding_bar).pixels
+    train = (binarized_once(train) if request.binarize else train).float() / 255
+    pca = pca_reconstruction(train, images, size)
+    if pca is None:
+        print(f"No PCA: {size} components need more than {min(images[0].numel(), len(train))} images and values.")
+        return
+    metrics["pca"] = reconstruction_metrics(images, pca)
+    rows[f"PCA, {size}"] = pca[:12]
 
 
 def decoding_bar(iterator, total):
@@ -130,8 +188,6 @@ def add_denoising(model, images, metrics: dict, rows: dict):
 def likelihood(model, pixels: torch.Tensor, samples: int) -> dict:
     """Bounds on log p(x), averaged over the images."""
     kind = {"bce": "Bernoulli", "mse": "N(x̂, ½)", "l1": "Laplace(x̂, 1)"}[model.config.reconstruction_loss]
-    if kind == "Bernoulli" and not bool(((pixels == 0) | (pixels == 255)).all()):
-        raise ValueError("A model trained with bce gives probabilities of 0/1 pixels: write --binarize, or --tasks reconstruction.")
     torch.manual_seed(0)
     values = to_pixel_values(pixels, model.device, tuple(model.config.pixel_range))
 
@@ -148,7 +204,7 @@ def likelihood(model, pixels: torch.Tensor, samples: int) -> dict:
     }
 
 
-def save_results(folder: Path, model, processor, metrics: dict, rows: dict, dataset, images):
+def save_results(folder: Path, model, metrics: dict, rows: dict, dataset, images):
     """metrics.json, pictures and the card. A task that was not asked for keeps its earlier result."""
     old_path = folder / "metrics.json"
     old = json.loads(old_path.read_text()) if old_path.is_file() else {}
@@ -157,17 +213,19 @@ def save_results(folder: Path, model, processor, metrics: dict, rows: dict, data
     old_path.write_text(json.dumps(metrics, indent=2, ensure_ascii=False) + "\n")
     if len(rows) > 1:
         labelled_rows(rows, folder / "reconstructions.png")
-    if model.config.code_shape == [2] and "label" in (dataset.column_names or []):
-        draw_plane(model, images, dataset["label"][: len(images)], folder / "latent_plane.png")
-    if "reconstruction" in metrics:
-        write_card(folder)
+    if model.config.code_shape == [2]:
+        labels = dataset["label"][: len(images)] if "label" in dataset.column_names else []
+        labels = list(labels) if len(labels) == len(images) and all(isinstance(v, int) for v in labels) else None
+        draw_plane(model, images, labels, folder / "latent_plane.png")
+    write_card(folder)
 
 
 @torch.no_grad()
-def draw_plane(model, images, labels, path: Path, side: int = 25):
+def draw_plane(model, images, labels: list[int] | None, path: Path, side: int = 25):
     """The picture of a 2-d code: where test images lie, and what the decoder draws over the same region."""
     low, high = model.config.pixel_range
-    codes = torch.cat([model.encode(x.to(model.device) * (high - low) + low).latents.cpu() for x in images.split(1000)])
+    batches = images.split(batch_for(images[0].numel()))
+    codes = torch.cat([model.encode(x.to(model.device) * (high - low) + low).latents.cpu() for x in batches])
     (x_low, y_low), (x_high, y_high) = codes.quantile(0.005, 0).tolist(), codes.quantile(0.995, 0).tolist()
     xs, ys = torch.linspace(x_low, x_high, side), torch.linspace(y_high, y_low, side)
     grid = torch.stack([xs.repeat(side), ys.repeat_interleave(side)], 1)

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import yaml
 from huggingface_hub import HfApi, ModelCardData
-from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 from huggingface_hub.repocard_data import EvalResult
 
 WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
@@ -36,8 +35,11 @@ TITLES = {
 
 
 def read_json(path: Path) -> dict:
-    """The file's content, {} where there is none."""
-    return json.loads(path.read_text()) if path.is_file() else {}
+    """The file's content, {} where there is none. Raises ValueError where it is broken."""
+    try:
+        return json.loads(path.read_text()) if path.is_file() else {}
+    except ValueError as error:
+        raise ValueError(f"{path} is no valid JSON: {error}") from None
 
 
 def write_card(folder) -> Path:
@@ -103,8 +105,9 @@ def use_section(name: str) -> str:
 import hf_ae  # registers the family; without it, load with trust_remote_code=True
 from transformers import AutoImageProcessor, AutoModel
 
-model = AutoModel.from_pretrained("{name}").eval()
-processor = AutoImageProcessor.from_pretrained("{name}")
+repo = "{name}"  # this folder, or its id on the Hub
+model = AutoModel.from_pretrained(repo).eval()
+processor = AutoImageProcessor.from_pretrained(repo)
 inputs = processor("image.png", return_tensors="pt")
 encoded = model.encode(**inputs)  # .latents
 reconstruction = processor.postprocess(model(**inputs).reconstruction)[0]  # a PIL image
@@ -116,10 +119,11 @@ def results_section(metrics: dict) -> str:
     rows = [key for key in ("reconstruction", "pca", "denoising_input", "denoising") if key in metrics]
     names = {"reconstruction": "this model", "pca": f"PCA, {metrics['code_size']} components",
              "denoising_input": "damaged image, as it is", "denoising": "this model, from the damaged image"}  # fmt: skip
-    columns = list(metrics["reconstruction"])
+    columns = list(metrics.get("reconstruction", {}))
     table = ["| | " + " | ".join(METRIC_NAMES[c] for c in columns) + " |", "| --- |" + " ---: |" * len(columns)]
     table += [f"| {names[r]} | " + " | ".join(f"{metrics[r][c]:.4g}" for c in columns) + " |" for r in rows]
-    text = f"## Results\n\nOn {metrics['images']:,} images of split `{metrics['split']}` of `{metrics['dataset']}`:\n\n" + "\n".join(table)
+    text = f"## Results\n\nOn {metrics['images']:,} images of split `{metrics['split']}` of `{metrics['dataset']}`:"
+    text += "\n\n" + "\n".join(table) if rows else ""
     if "likelihood" in metrics:
         bound = metrics["likelihood"]
         text += (
@@ -139,7 +143,7 @@ def training_section(recipe: dict) -> str:
 
 def eval_results(metrics: dict) -> list[EvalResult]:
     """metrics.json -> the card's model-index."""
-    values = {**metrics["reconstruction"]}
+    values = {**metrics.get("reconstruction", {})}
     if "likelihood" in metrics:
         values["log_likelihood_bound"] = metrics["likelihood"]["log_likelihood_bound"]
     return [
@@ -188,10 +192,14 @@ def check_folder(folder) -> list[str]:
     if missing:
         raise ValueError(f"{folder} lacks {', '.join(missing)}.")
     check_card(folder / "README.md")
-    config = read_json(folder / "config.json")
-    absent = [m for m in (v.split(".")[0] + ".py" for v in config.get("auto_map", {}).values()) if m not in files]
+    named = [
+        v.split(".")[0] for f in ("config.json", "preprocessor_config.json") for v in read_json(folder / f).get("auto_map", {}).values()
+    ]
+    for path in folder.glob("*.py"):
+        named += re.findall(r"^from \.(\w+) import", path.read_text(), re.M)
+    absent = sorted({f"{name}.py" for name in named} - set(files))
     if absent:
-        raise ValueError(f"config.json names remote code that is missing: {', '.join(absent)}. Save the model again with save_pretrained.")
+        raise ValueError(f"{folder} lacks remote code that its files need: {', '.join(absent)}. Save the model again with save_pretrained.")
     check_weights(folder)
     return files
 
@@ -235,6 +243,19 @@ def push_folder(folder, repo: str, private: bool = False, dry_run: bool = False)
     try:
         repo = api.create_repo(repo, private=private, exist_ok=True).repo_id
         api.upload_folder(folder_path=folder, repo_id=repo, allow_patterns=files, commit_message="Upload with hf_ae")
-    except (HfHubHTTPError, RepositoryNotFoundError) as error:
-        raise ValueError(f"The Hub refused the upload to {repo}: {str(error).splitlines()[0]}") from None
+    except Exception as error:  # refused, offline, or no such host: each client library has its own exceptions
+        raise ValueError(f"Nothing was uploaded to {repo}; {folder} is as it was: {first_line(error)}") from None
     return f"{api.endpoint}/{repo}"
+
+
+def check_login():
+    """Raise ValueError unless the Hub can be reached with a valid token."""
+    try:
+        HfApi().whoami()
+    except Exception as error:
+        raise ValueError(f"push_to_hub needs a login (hf auth login) and the Hub: {first_line(error)}") from None
+
+
+def first_line(error: Exception) -> str:
+    """What an exception says, without its tail."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

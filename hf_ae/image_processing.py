@@ -68,7 +68,10 @@ class AutoencoderImageProcessor(PilBackend):
         size = self.size if size is None else size
         if isinstance(size, int):
             return size, size
-        return size["height"], size["width"]
+        try:
+            return size["height"], size["width"]
+        except (KeyError, TypeError):
+            raise ValueError(f"size={size!r} must be one number, or {{'height': …, 'width': …}}.") from None
 
     def to_array(self, image, target: tuple[int, int] | None) -> np.ndarray:
         """One image -> (num_channels, height, width): uint8 from an 8-bit image, float32 in 0…1 from other arrays."""
@@ -139,8 +142,16 @@ def array_to_channels(array, num_channels: int) -> np.ndarray:
     """Array or tensor, channels first or last or none -> (num_channels, height, width), uint8 or float32 in 0…1."""
     array = array.detach().cpu().numpy() if isinstance(array, torch.Tensor) else array
     array = array[None] if array.ndim == 2 else array
-    if array.ndim == 3 and array.shape[0] not in (num_channels, 1, 3) and array.shape[-1] in (num_channels, 1, 3):
+    if array.dtype == np.bool_:
+        array = array.astype(np.uint8) * 255
+    elif np.issubdtype(array.dtype, np.integer) and array.dtype != np.uint16 and array.size and array.min() >= 0 and array.max() <= 255:
+        array = array.astype(np.uint8)
+    if array.ndim == 3 and array.shape[0] not in (num_channels, 1, 3, 4) and array.shape[-1] in (num_channels, 1, 3, 4):
         array = array.transpose(2, 0, 1)
+    given = array.shape[0]
+    if array.dtype == np.uint8 and array.ndim == 3 and given in MODES and num_channels in MODES and given != num_channels:
+        image = Image.fromarray(array.transpose(1, 2, 0).squeeze(), MODES[given])
+        array = np.atleast_3d(np.asarray(to_mode(image, num_channels))).transpose(2, 0, 1)
     if array.ndim == 3 and array.shape[0] == 1 and num_channels == 3:
         array = array.repeat(3, axis=0)
     if array.ndim != 3 or array.shape[0] != num_channels:
@@ -150,7 +161,7 @@ def array_to_channels(array, num_channels: int) -> np.ndarray:
     if array.dtype == np.uint16:
         return (array / 65535).astype(np.float32)
     if not np.issubdtype(array.dtype, np.floating):
-        raise ValueError(f"Image arrays are uint8 (0…255), uint16 or float (0…1), not {array.dtype}.")
+        raise ValueError(f"Image arrays hold whole numbers 0…255, uint16 or floats 0…1, not {array.dtype} beyond 255.")
     if not np.isfinite(array).all() or array.min() < -1e-3 or array.max() > 1.001:
         raise ValueError("A float image array must lie in 0…1: divide by its largest value, or pass uint8.")
     return array.astype(np.float32).clip(0, 1)

@@ -25,7 +25,8 @@ def reconstruction_metrics(images: torch.Tensor, reconstructions: torch.Tensor) 
     if min(images.shape[-2:]) >= 11:
         from torchmetrics.functional.image import structural_similarity_index_measure as ssim
 
-        parts = zip(images.split(1000), reconstructions.split(1000))
+        chunk = max(1, 2**20 // images[0].numel())
+        parts = zip(images.split(chunk), reconstructions.split(chunk))
         totals = [ssim(r, x, data_range=1.0, reduction="sum") for x, r in parts]
         metrics["ssim"] = torch.stack(totals).sum().item() / len(images)  # type: ignore[arg-type]
     return metrics
@@ -48,14 +49,15 @@ def pca_reconstruction(train: torch.Tensor, test: torch.Tensor, components: int)
 
 
 @torch.no_grad()
-def importance_weighted_bound(model, pixel_values: torch.Tensor, samples: int, decodes: int = 2500, progress=None):
+def importance_weighted_bound(model, pixel_values: torch.Tensor, samples: int, progress=None):
     """Lower bounds on log p(x) in nats for each image: (evidence lower bound, importance-weighted bound), each (images,).
 
     log 1/k Σ p(x|z_i) p(z_i) / q(z_i|x) with `samples` z_i ~ q(z|x) (Burda et al. 2016, equation 8); the evidence lower
     bound is the mean of the logarithms. p(x|z) is what the model's loss says: Bernoulli for `bce` (on 0/1 pixels),
-    N(x̂, ½) for `mse`, Laplace(x̂, 1) for `l1`. `decodes`: codes decoded at once.
+    N(x̂, ½) for `mse`, Laplace(x̂, 1) for `l1`.
     """
     elbos, bounds = [], []
+    decodes = max(1, min(2500, 2**22 // pixel_values[0].numel()))  # codes decoded at once
     images = pixel_values if progress is None else progress(pixel_values)
     for x in images:
         posterior = model.encode(x[None]).latent_dist

@@ -126,7 +126,10 @@ class BetaVAEModel(VAEModel):
         if self.config.objective == "total_correlation":
             if self.config.dataset_size is None:
                 raise ValueError("objective='total_correlation' needs dataset_size, the number of training images.")
-            terms = total_correlation_terms(encoded.latents.float(), posterior, self.config.dataset_size)
+            z = encoded.latents
+            if not self.training:  # latents are the mean there; the estimate needs samples, always the same ones
+                z = posterior.sample(torch.Generator(z.device).manual_seed(0))
+            terms = total_correlation_terms(z.float(), posterior, self.config.dataset_size)
             return {**terms, "total_correlation": beta * terms["total_correlation"]}
         kl = posterior.kl().mean()
         if self.config.objective == "beta":

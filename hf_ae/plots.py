@@ -58,8 +58,8 @@ def image_grid(pixels: torch.Tensor, columns: int, path=None, cell: int = 28, ga
 def latent_plane(codes, labels, decoded: torch.Tensor, extent, path=None, size: int = 900) -> Image.Image:
     """A 2-d latent space: left the codes of test images coloured by class, right what the decoder draws all over it.
 
-    codes: array (images, 2). labels: array (images,). decoded: (rows·rows, channels, height, width), rows from the top.
-    extent: (x low, x high, y low, y high) of both halves.
+    codes: array (images, 2). labels: whole numbers from 0, (images,), or None. decoded: (rows·rows, channels,
+    height, width), rows from the top. extent: (x low, x high, y low, y high) of both halves.
     """
     import matplotlib
 
@@ -69,10 +69,15 @@ def latent_plane(codes, labels, decoded: torch.Tensor, extent, path=None, size: 
     side = round(len(decoded) ** 0.5)
     sheet = image_grid(decoded, side, cell=decoded.shape[-2], gap=0)
     figure, (left, right) = plt.subplots(1, 2, figsize=(2 * size / 100, size / 100), dpi=100, layout="constrained")
-    points = left.scatter(codes[:, 0], codes[:, 1], c=labels, cmap="tab10", s=3, alpha=0.7, linewidths=0, vmin=-0.5, vmax=9.5)
-    bar = figure.colorbar(points, ax=left, ticks=range(10), location="left", shrink=0.8)
-    bar.set_label("class")
-    bar.solids.set_alpha(1)  # type: ignore[union-attr]
+    if labels is None:
+        left.scatter(codes[:, 0], codes[:, 1], s=3, alpha=0.7, linewidths=0)
+    else:
+        top = max(labels) + 1
+        colours = plt.get_cmap("tab10" if top <= 10 else "nipy_spectral", top)
+        points = left.scatter(codes[:, 0], codes[:, 1], c=labels, cmap=colours, s=3, alpha=0.7, linewidths=0, vmin=-0.5, vmax=top - 0.5)
+        bar = figure.colorbar(points, ax=left, ticks=range(0, top, max(1, top // 10)), location="left", shrink=0.8)
+        bar.set_label("class")
+        bar.solids.set_alpha(1)  # type: ignore[union-attr]
     left.set(title="codes of test images", xlim=extent[:2], ylim=extent[2:])
     right.imshow(sheet, extent=extent, interpolation="lanczos")
     right.set(title="what the decoder draws there")

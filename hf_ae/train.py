@@ -20,8 +20,18 @@ from tqdm.auto import tqdm
 from transformers.utils import logging
 
 import hf_ae
-from hf_ae.data import ImagesInMemory, ImageStream, binarized_once, image_column, open_split, to_pixel_values
-from hf_ae.hub import push_folder, write_card
+from hf_ae.data import (
+    ImagesInMemory,
+    ImageStream,
+    batch_for,
+    binarized_once,
+    held_out_name,
+    image_column,
+    open_dataset,
+    pick_split,
+    to_pixel_values,
+)
+from hf_ae.hub import check_login, push_folder, write_card
 from hf_ae.plots import labelled_rows
 from hf_ae.pretraining import pretrain_layerwise
 from hf_ae.training import (
@@ -106,7 +116,9 @@ def start(args, accelerator, model, images, resume_from: Path | None) -> Run:
     model = accelerator.prepare(model)
     if accelerator.scaler is not None:  # fp16 alone needs accelerate's wrapper, which costs a small model 5% of its time
         optimizers = [accelerator.prepare_optimizer(optimizer) for optimizer in optimizers]
-    run = Run(accelerator, model, optimizers, schedulers, ema, Progress(), steps)
+    data = {name: getattr(args, name) for name in ("train_batch_size", "gradient_accumulation_steps", "seed", "streaming")}
+    data["images"] = None if args.streaming else len(images)
+    run = Run(accelerator, model, optimizers, schedulers, ema, Progress(), steps, data)
     set_seed(args.seed, device_specific=True)
     if resume_from is not None:
         load_checkpoint(run, resume_from)
@@ -119,7 +131,7 @@ def start(args, accelerator, model, images, resume_from: Path | None) -> Run:
 def loop(args, run: Run, images, held_out, output: Path):
     """Epochs of steps, with reports, checkpoints and validation in between."""
     accelerator, model, progress = run.accelerator, run.model, run.progress
-    config = accelerator.unwrap_model(model).config
+    config = run.bare_model.config
     share = dict(seed=args.seed, rank=accelerator.process_index, processes=accelerator.num_processes)
     changes = dict(flip=args.random_flip, shift=args.random_shift, binarize=args.binarize)
     parameters, guard, clock = list(model.parameters()), FiniteGuard(accelerator.device), Clock()
@@ -163,6 +175,8 @@ def loop(args, run: Run, images, held_out, output: Path):
                     validate(args, run, held_out, output)
         guard.check()
     accelerator.print(clock.summary())
+    if args.streaming and images.decode.skipped:
+        accelerator.print(f"Skipped {images.decode.skipped} images of the stream that cannot be read, repeats included.")
 
 
 class Clock:
@@ -208,6 +222,8 @@ def check_request(args, output: Path) -> Path | None:
         raise ValueError("Which dataset? Write --dataset_name with a Hub id or a folder.")
     if args.streaming and args.max_train_steps is None:
         raise ValueError("A stream has no known length: write --max_train_steps.")
+    if args.push_to_hub:
+        check_login()
     check_output_dir(output, args.overwrite_output_dir, args.resume_from_checkpoint is not None)
     return find_checkpoint(args.resume_from_checkpoint, output)
 
@@ -215,41 +231,47 @@ def check_request(args, output: Path) -> Path | None:
 def clear_output(output: Path, everything: bool):
     """Mark the folder as a run's; remove what an earlier run left there if it is to be replaced."""
     (output / ".hf_ae_run").touch()
+    for cut_off in output.glob(".partial-checkpoint-*"):
+        shutil.rmtree(cut_off, ignore_errors=True)
     for old in [*checkpoints(output), output / "samples"] if everything else []:
         shutil.rmtree(old, ignore_errors=True)
 
 
 def make_accelerator(args, output: Path) -> Accelerator:
     """The accelerator, with the tracker that `args.report_to` names."""
-    trackers = ("none", "tensorboard", "trackio", "wandb")
-    if args.report_to not in trackers:
-        raise ValueError(f"report_to={args.report_to!r} is not known: write one of {', '.join(trackers)}.")
     logging.disable_progress_bar()
-    return Accelerator(
+    accelerator = Accelerator(
         mixed_precision=args.mixed_precision,
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         log_with=None if args.report_to == "none" else args.report_to,
         project_dir=output / "logs",
     )
+    if args.report_to != "none" and not accelerator.log_with:
+        raise ValueError(f"report_to={args.report_to!r} needs that tracker: pip install {args.report_to}")
+    return accelerator
 
 
 def load_images(args, processor, quiet: bool):
     """Training images (in memory or streamed), and uint8 evaluation images or None."""
-    dataset = open_split(args.dataset_name, args.dataset_config_name, args.train_split, args.streaming)
-    column = image_column(dataset, args.image_column)
+    parts = open_dataset(args.dataset_name, args.dataset_config_name, args.streaming)
+    dataset = pick_split(parts, args.train_split)
+    column, limit = image_column(dataset, args.image_column), args.max_train_samples
 
     def progress(iterator, total):
         return tqdm(iterator, total=total, desc="decoding", disable=quiet, mininterval=1.0)
 
     if args.streaming:
-        images = ImageStream(dataset, column, processor, args.skip_broken_images, args.shuffle_buffer_size)
+        images = ImageStream(dataset, column, processor, args.skip_broken_images, limit, args.shuffle_buffer_size)
     else:
-        images = ImagesInMemory.load(dataset, column, processor, args.skip_broken_images, args.max_train_samples, progress)
-    if not args.validation_epochs:
+        images = ImagesInMemory.load(dataset, column, processor, args.skip_broken_images, limit, progress)
+    name = args.eval_split or held_out_name(parts)
+    if not args.validation_epochs or name is None:
+        if args.validation_epochs and not quiet:
+            print(f"The dataset has only {', '.join(parts)}: training without evaluation (--eval_split names another split).")
         return images, None
-    dataset = open_split(args.dataset_name, args.dataset_config_name, args.eval_split)
-    held_out = ImagesInMemory.load(dataset, column, processor, args.skip_broken_images, args.max_eval_samples, progress)
-    return images, binarized_once(held_out.pixels) if args.binarize else held_out.pixels
+    held_out = pick_split(parts, name)
+    pixels = ImagesInMemory.load(held_out, column, processor, args.skip_broken_images, args.max_eval_samples, progress).pixels
+    return images, binarized_once(pixels) if args.binarize else pixels
 
 
 def report(args, run: Run, bar, output):
@@ -268,11 +290,11 @@ def validate(args, run: Run, pixels: torch.Tensor, output: Path):
     accelerator, progress = run.accelerator, run.progress
     if not accelerator.is_main_process:
         return
-    model = accelerator.unwrap_model(run.model)
+    model = run.bare_model
     model.eval()
     totals: dict[str, float] = {}
     with averaged(model, run.ema):
-        for batch in pixels.split(500):
+        for batch in pixels.split(batch_for(pixels[0].numel())):
             values = to_pixel_values(batch, accelerator.device, model.config.pixel_range)
             with accelerator.autocast():
                 losses = model(values).losses
@@ -309,11 +331,13 @@ def draw_samples(model, values: torch.Tensor) -> dict[str, torch.Tensor]:
 
 def finish(args, run: Run, processor, output: Path):
     """Save the final model as a complete model repository, and push it where that is asked."""
-    accelerator, model = run.accelerator, run.accelerator.unwrap_model(run.model)
+    accelerator, model = run.accelerator, run.bare_model
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         if run.ema is not None:
             run.ema.copy_to(model.parameters())
+        for measured in ("metrics.json", "reconstructions.png", "latent_plane.png"):  # of earlier weights
+            (output / measured).unlink(missing_ok=True)
         save_model(model, output, args.save_dtype)
         processor.save_pretrained(output)
         write_recipe(args, output / "recipe.yaml")
@@ -322,7 +346,7 @@ def finish(args, run: Run, processor, output: Path):
         accelerator.print(f"The model is in {output}: measure it with  hf-ae evaluate {output} --dataset_name {args.dataset_name}")
         if args.push_to_hub:
             repo = args.hub_model_id or output.resolve().name
-            accelerator.print(f"Pushed to {push_folder(output, repo, private=args.hub_private)}")
+            accelerator.print(f"Pushed to {push_folder(output, repo, args.hub_private)}")
     accelerator.end_training()
 
 

@@ -20,6 +20,20 @@ from safetensors.torch import load_file, save_file
 from transformers import HfArgumentParser, get_scheduler
 
 STATE_FORMAT = 1
+SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial", "inverse_sqrt")
+CHOICES = {
+    "lr_scheduler": SCHEDULES,
+    "optimizer": ("adamw", "muon"),
+    "mixed_precision": (None, "no", "bf16", "fp16"),
+    "report_to": ("none", "tensorboard", "trackio", "wandb"),
+    "save_dtype": ("float32", "float16", "bfloat16"),
+}
+AT_LEAST = {
+    "train_batch_size": 1, "num_train_epochs": 1, "max_train_steps": 1, "gradient_accumulation_steps": 1, "logging_steps": 1,
+    "checkpointing_steps": 1, "checkpoints_total_limit": 1, "max_train_samples": 1, "max_eval_samples": 1, "validation_epochs": 0,
+    "lr_warmup_steps": 0, "learning_rate": 0, "weight_decay": 0, "ema_decay": 0, "max_grad_norm": 0, "seed": 0,
+}  # fmt: skip
+"""Smallest value of a number among the flags."""
 
 
 def flag(default, text: str):
@@ -34,7 +48,7 @@ class TrainingArguments:
     dataset_name: str | None = flag(None, "Hub id of a dataset, or a local folder that load_dataset reads.")
     dataset_config_name: str | None = flag(None, "Configuration of the dataset, where it has several.")
     train_split: str = flag("train", "Split to train on.")
-    eval_split: str = flag("test", "Split to measure on after each epoch.")
+    eval_split: str | None = flag(None, "Split to measure on after each epoch; default: test or validation, where there is one.")
     max_train_samples: int | None = flag(None, "Use only the first of the training images.")
     max_eval_samples: int | None = flag(2000, "Use only the first of the evaluation images during training.")
     output_dir: str = flag("outputs", "Folder for the trained model, its checkpoints and samples.")
@@ -43,7 +57,7 @@ class TrainingArguments:
     num_train_epochs: int = flag(10, "Passes over the training images.")
     max_train_steps: int | None = flag(None, "Optimizer steps; overrides num_train_epochs.")
     learning_rate: float = flag(1e-3, "Highest learning rate.")
-    lr_scheduler: str = flag("cosine", "constant, constant_with_warmup, linear, cosine, or another of transformers' schedules.")
+    lr_scheduler: str = flag("cosine", f"One of {', '.join(SCHEDULES)}.")
     lr_warmup_steps: int = flag(0, "Steps over which the learning rate rises from 0.")
     optimizer: str = flag("adamw", "adamw, or muon (Muon for weight matrices, AdamW for the rest).")
     weight_decay: float = flag(0.0, "Decoupled weight decay.")
@@ -65,6 +79,18 @@ class TrainingArguments:
     hub_model_id: str | None = flag(None, "Repository to push to; default: the folder's name in your namespace.")
     hub_private: bool = flag(False, "Make the repository private when it is created.")
 
+    def __post_init__(self):
+        for name, accepted in CHOICES.items():
+            if getattr(self, name) not in accepted:
+                listed = ", ".join(str(a) for a in accepted if a is not None)
+                raise ValueError(f"{name}={getattr(self, name)!r} is not known: write one of {listed}.")
+        for name, least in AT_LEAST.items():
+            value = getattr(self, name)
+            kinds = (int, float) if name in ("learning_rate", "weight_decay", "ema_decay", "max_grad_norm") else int
+            if value is not None and (not isinstance(value, kinds) or isinstance(value, bool) or not value >= least):
+                what = "a number" if kinds is not int else "a whole number"
+                raise ValueError(f"{name}={value!r} must be {what} of at least {least}.")
+
 
 class NonFiniteLossError(ValueError):
     """The loss became NaN or infinite."""
@@ -78,6 +104,9 @@ def one_line_errors():
     except (ValueError, FileNotFoundError, PermissionError, NotADirectoryError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
+    except ModuleNotFoundError as error:
+        print(f"error: {error.name} is not installed: pip install 'hf_ae[eval]' {error.name}", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         sys.exit(130)
@@ -88,11 +117,19 @@ def one_line_errors():
 
 def parse_arguments(cls, argv: list[str]):
     """`[RECIPE.yaml] [--flag value …]` -> an instance of the dataclass `cls`. Raises ValueError for an unknown key."""
-    parser = HfArgumentParser(cls, description=(cls.__doc__ or "").strip())
+
+    class Parser(HfArgumentParser):
+        def error(self, message):
+            raise ValueError(f"{message[0].upper()}{message[1:]}. See --help.")
+
+    parser = Parser(cls, description=(cls.__doc__ or "").strip(), allow_abbrev=False)
     parser.add_argument("recipe", nargs="?", help="YAML file with the same keys; flags override it")
-    recipe_path = next((a for a in argv[:1] if not a.startswith("-")), None)
-    if recipe_path:
-        parser.set_defaults(**read_recipe(Path(recipe_path), {f.name for f in dataclasses.fields(cls)}))
+    known, rest = parser.parse_known_args(argv)
+    if unknown := [word for word in rest if word.startswith("-")]:
+        parser.error(f"unknown flag {unknown[0]}")
+    recipe = known.recipe
+    if recipe:
+        parser.set_defaults(**read_recipe(Path(recipe), {f.name for f in dataclasses.fields(cls)}))
     values = vars(parser.parse_args(argv))
     values.pop("recipe")
     return cls(**values)
@@ -117,14 +154,19 @@ def parse_overrides(text: str | dict | None) -> dict:
     if not text:
         return {}
     if isinstance(text, dict):
-        return text
+        return {name: _number(value) for name, value in text.items()}
     fields = {}
     for part in re.split(r",(?![^\[]*\])", text):
         name, equals, value = part.partition("=")
         if not equals:
             raise ValueError(f"config_overrides: {part.strip()!r} has no '='; write name=value,name=[1, 2].")
-        fields[name.strip()] = yaml.safe_load(value)
+        fields[name.strip()] = _number(yaml.safe_load(value))
     return fields
+
+
+def _number(value):
+    """YAML reads 1e-6 as a string; people mean the number."""
+    return float(value) if isinstance(value, str) and re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+", value) else value
 
 
 # Where results go
@@ -134,11 +176,13 @@ def check_output_dir(folder: Path, overwrite: bool, resume: bool):
     """Raise ValueError unless `folder` is new, holds only a recipe, or is ours and may be replaced or continued."""
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"The output folder {folder} is a file.")
-    inside = {p.name for p in folder.iterdir()} if folder.exists() else set()
-    started = bool(inside - {"recipe.yaml", "README.md", ".hf_ae_run", "logs"})
+    inside = {p.name for p in folder.iterdir() if not p.name.startswith(".writable-")} if folder.exists() else set()
+    started = bool(inside - {"recipe.yaml", ".hf_ae_run", "logs"})
     ours = not started or is_run(folder)
     if not ours:
         raise ValueError(f"The output folder {folder} holds files that are not ours ({sorted(inside)[0]}, …): choose another --output_dir.")
+    if resume and (folder / "model.safetensors").exists() and not (checkpoints(folder) or overwrite):
+        raise ValueError(f"The run in {folder} is finished and has no checkpoint to go on from: add --overwrite_output_dir to train anew.")
     if started and not (overwrite or resume):
         raise ValueError(
             f"The output folder {folder} holds an earlier run: continue it with --resume_from_checkpoint latest, replace it "
@@ -171,8 +215,6 @@ def make_optimizers(model, args: TrainingArguments) -> list[torch.optim.Optimize
     fused = parameters[0].device.type in ("cpu", "cuda")
     if args.optimizer == "adamw":
         return [torch.optim.AdamW(parameters, args.learning_rate, weight_decay=args.weight_decay, fused=fused)]
-    if args.optimizer != "muon":
-        raise ValueError(f"optimizer={args.optimizer!r} is not known: write adamw or muon.")
     matrices = [p for p in parameters if p.ndim == 2]
     rest = [p for p in parameters if p.ndim != 2]
     if not matrices:
@@ -183,13 +225,7 @@ def make_optimizers(model, args: TrainingArguments) -> list[torch.optim.Optimize
 
 def make_schedulers(optimizers, args: TrainingArguments, total_steps: int):
     """One learning-rate schedule for each optimizer."""
-    try:
-        return [get_scheduler(args.lr_scheduler, o, args.lr_warmup_steps, total_steps) for o in optimizers]
-    except ValueError:
-        from transformers import SchedulerType
-
-        known = ", ".join(s.value for s in SchedulerType)
-        raise ValueError(f"lr_scheduler={args.lr_scheduler!r} is not known: write one of {known}.") from None
+    return [get_scheduler(args.lr_scheduler, o, args.lr_warmup_steps, total_steps) for o in optimizers]
 
 
 def make_ema(model, args: TrainingArguments):
@@ -266,6 +302,13 @@ class Run:
     ema: Any
     progress: Progress
     total_steps: int
+    data: dict
+    """What fixes the order of the data: a checkpoint can only go on with the same."""
+
+    @property
+    def bare_model(self):
+        """The model without the wrappers of several processes and of torch.compile."""
+        return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -278,9 +321,12 @@ def find_checkpoint(wanted: str | None, folder: Path) -> Path | None:
     """The checkpoint to go on from: a path, or the newest ('latest'; None where there is none yet)."""
     if wanted is None:
         return None
+    newest = next(reversed(checkpoints(folder)), None)
     if wanted == "latest":
-        return next(reversed(checkpoints(folder)), None)
+        return newest
     path = Path(wanted)
+    if newest is not None and path.resolve().parent == folder.resolve() and path.name != newest.name:
+        raise ValueError(f"{folder} holds the newer {newest.name}: go on from that, or move it away first.")
     if not (path / "training_state.json").is_file():
         raise ValueError(f"{path} is no checkpoint: training_state.json is missing. Write 'latest' or a folder checkpoint-STEP.")
     return path
@@ -290,7 +336,7 @@ def save_checkpoint(run: Run, folder: Path, limit: int | None):
     """Write `folder`/checkpoint-STEP: the model as from_pretrained reads it, and the rest of the state as safetensors
     and JSON. The folder appears under its name only when it is complete. All but the newest `limit` are removed."""
     accelerator, step = run.accelerator, run.progress.step
-    model = accelerator.unwrap_model(run.model)
+    model = run.bare_model
     for name, parameter in model.named_parameters():
         if not bool(torch.isfinite(parameter).all()):
             raise NonFiniteLossError(f"At step {step} the weight {name} is not finite: no checkpoint was written.")
@@ -313,7 +359,7 @@ def save_checkpoint(run: Run, folder: Path, limit: int | None):
 
 def pack_state(run: Run, tensors: dict) -> dict:
     """Put the state of optimizers and moving average into `tensors`; returns what JSON can hold of it."""
-    state: dict = {"optimizers": [], "schedulers": []}
+    state: dict = {"data": run.data, "optimizers": [], "schedulers": []}
     for number, optimizer in enumerate(run.optimizers):
         saved = optimizer.state_dict()
         state["optimizers"].append(saved["param_groups"])
@@ -332,7 +378,7 @@ def pack_state(run: Run, tensors: dict) -> dict:
 
 def load_checkpoint(run: Run, path: Path):
     """Put a run back to where `save_checkpoint` left it. Raises ValueError where the checkpoint does not fit."""
-    model = run.accelerator.unwrap_model(run.model)
+    model = run.bare_model
     try:
         state = json.loads((path / "training_state.json").read_text())
         tensors = load_file(path / "training_state.safetensors")
@@ -354,13 +400,16 @@ def check_fits(run: Run, path: Path, state: dict, config: dict, processes: int):
     """Raise ValueError unless a checkpoint is of this model, of this number of processes and these optimizers."""
     if state.get("format") != STATE_FORMAT:
         raise ValueError(f"The checkpoint {path} has format {state.get('format')}, and this version reads {STATE_FORMAT}.")
-    own = json.loads(run.accelerator.unwrap_model(run.model).config.to_json_string(use_diff=False))
+    own = json.loads(run.bare_model.config.to_json_string(use_diff=False))
     changed = [k for k in sorted(own) if k in config and config[k] != own[k] and k not in _NOT_COMPARED]
     if changed:
         pairs = ", ".join(f"{k} {config[k]!r} there and {own[k]!r} here" for k in changed)
         raise ValueError(f"The checkpoint {path} is of another model: {pairs}.")
     if processes != run.accelerator.num_processes:
         raise ValueError(f"The checkpoint {path} was written by {processes} process(es), not {run.accelerator.num_processes}.")
+    other = [f"{k} {v!r} there and {run.data.get(k)!r} here" for k, v in state["data"].items() if run.data.get(k) != v]
+    if other:
+        raise ValueError(f"The checkpoint {path} was trained on other data or batches: {', '.join(other)}.")
     if len(state["optimizers"]) != len(run.optimizers) or ("ema_step" in state) != (run.ema is not None):
         raise ValueError(f"The checkpoint {path} was written with another --optimizer or --use_ema.")
 
@@ -388,8 +437,6 @@ _NOT_COMPARED = {"transformers_version", "architectures", "auto_map", "dtype", "
 
 def save_model(model, folder: Path, dtype: str = "float32"):
     """`save_pretrained`, with floating-point weights stored as `dtype`; config.json says float32, so they load as that."""
-    if dtype not in ("float32", "float16", "bfloat16"):
-        raise ValueError(f"save_dtype={dtype!r} is not known: write float32, float16 or bfloat16.")
     model.save_pretrained(folder)
     if dtype != "float32":
         path = folder / "model.safetensors"

@@ -75,7 +75,7 @@ def test_reported_error_is_that_of_the_model_on_those_images(trained):
 
     from hf_ae.evaluate import load_model
 
-    metrics = evaluate(trained / "clean", str(SAMPLE), tasks=("reconstruction",), max_images=30, save=False)
+    metrics = evaluate(trained / "clean", str(SAMPLE), tasks="reconstruction", max_images=30, save=False)
     model, processor = load_model(trained / "clean")
     images = datasets.load_dataset(str(SAMPLE), split="test")[:30]["image"]
     x = torch.from_numpy(np.stack([np.asarray(i) for i in images])).float()[:, None] / 255
@@ -87,7 +87,8 @@ def test_reported_error_is_that_of_the_model_on_those_images(trained):
 
 def test_bad_requests_are_one_line(trained, capsys, tmp_path):
     vae = trained / "vae"
-    expect_one_line(capsys, ["evaluate", vae, "--dataset_name", SAMPLE], "--binarize")
+    expect_one_line(capsys, ["evaluate", vae, "--dataset_name", SAMPLE, "--tasks", "likelihood"], "--binarize")
+    expect_one_line(capsys, ["evaluate", trained / "clean", "--dataset_name", SAMPLE, "--tasks", "likelihood"], "variational")
     expect_one_line(capsys, ["evaluate", vae, "--dataset_name", SAMPLE, "--tasks", "beauty"], "beauty", "reconstruction")
     expect_one_line(capsys, ["evaluate", vae, "--dataset_name", SAMPLE, "--split", "val"], "val", "train, test")
     expect_one_line(capsys, ["evaluate", tmp_path / "none", "--dataset_name", SAMPLE], "none")
@@ -141,8 +142,10 @@ def test_folder_check_refuses_what_should_not_be_published(trained, tmp_path, ca
     (folder / "model.safetensors").write_bytes((trained / "vae" / "model.safetensors").read_bytes())
     expect_one_line(capsys, ["push", folder, "--repo", "me/x", "--dry-run"], "do not fit")
     (folder / "model.safetensors").write_bytes(weights)
-    (folder / "modeling_regularized.py").unlink()
-    expect_one_line(capsys, ["push", folder, "--repo", "me/x", "--dry-run"], "remote code")
+    (folder / "networks.py").unlink()
+    expect_one_line(capsys, ["push", folder, "--repo", "me/x", "--dry-run"], "remote code", "networks.py")
+    (folder / "networks.py").write_bytes((trained / "clean" / "networks.py").read_bytes())
+    expect_one_line(capsys, ["push", folder, "--repo", "me/x"], "Nothing was uploaded")
     (folder / "README.md").write_text("# hello")
     expect_one_line(capsys, ["push", folder, "--repo", "me/x", "--dry-run"], "license")
     expect_one_line(capsys, ["push", tmp_path / "nowhere", "--repo", "me/x"], "no folder")

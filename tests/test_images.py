@@ -14,7 +14,7 @@ from hf_ae.data import (
     ImageStream,
     binarized_once,
     image_column,
-    open_split,
+    open_dataset,
     shift_randomly,
     to_pixel_values,
 )
@@ -75,6 +75,17 @@ def test_paths_bytes_arrays_and_tensors_give_the_same_pixels(tmp_path):
     assert signed.postprocess(signed(image).pixel_values, "np").shape == (1, 8, 8, 3)
 
 
+def test_arrays_of_other_channels_and_kinds_are_converted_as_images_are():
+    rgb = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    torch.testing.assert_close(processor(1)(rgb).pixel_values, processor(1)(Image.fromarray(rgb)).pixel_values)
+    torch.testing.assert_close(processor(3)(rgb[..., 0]).pixel_values, processor(3)(Image.fromarray(rgb[..., 0])).pixel_values)
+    clear = np.zeros((8, 8, 4), np.uint8)
+    assert processor(3)(clear).pixel_values.min() == 1
+    assert processor(1)(np.ones((8, 8), bool)).pixel_values.min() == 1
+    with pytest.raises(ValueError, match="height"):
+        processor()(rgb, size={"shortest_edge": 8})
+
+
 def test_other_sizes_are_scaled_to_cover_and_cropped():
     wide = Image.fromarray(np.concatenate([np.zeros((20, 20)), np.full((20, 20), 255), np.zeros((20, 20))], 1).astype(np.uint8))
     for image in (wide, np.asarray(wide)):
@@ -95,7 +106,8 @@ def test_other_sizes_are_scaled_to_cover_and_cropped():
         (np.zeros((5, 5, 7), np.uint8), "channels"),
         (np.full((8, 8), 300.0), "0…1"),
         (np.full((8, 8), np.nan, np.float32), "0…1"),
-        (np.zeros((8, 8), np.int64), "uint8"),
+        (np.full((8, 8), 300, np.int64), "0…255"),
+        (np.zeros((8, 8, 2), np.uint8), "channels"),
         (12, "not an image"),
         ([], "No image"),
     ],
@@ -116,7 +128,7 @@ def test_truncated_file_is_named(tmp_path):
 
 
 def sample(split="train"):
-    dataset = open_split(str(SAMPLE), split=split)
+    dataset = open_dataset(str(SAMPLE))[split]
     return dataset, image_column(dataset)
 
 
@@ -134,7 +146,7 @@ def test_an_epoch_shows_each_image_once_in_an_order_that_resumes_and_splits(kind
     if kind == "memory":
         images = ImagesInMemory.load(dataset, column, processor(1, 28))
     else:
-        images = ImageStream(open_split(str(SAMPLE), split="test", streaming=True), column, processor(1, 28), buffer_size=64)
+        images = ImageStream(open_dataset(str(SAMPLE), streaming=True)["test"], column, processor(1, 28), buffer_size=64)
     whole = list(images.batches(20, epoch=3, seed=1))
     assert len(whole) == 25
     as_rows = {b.tobytes() for b in torch.cat(whole).numpy()}
@@ -145,6 +157,18 @@ def test_an_epoch_shows_each_image_once_in_an_order_that_resumes_and_splits(kind
     halves = [list(images.batches(10, epoch=3, seed=1, rank=rank, processes=2)) for rank in (0, 1)]
     for both, one, two in zip(whole, *halves):
         assert {i.tobytes() for i in both.numpy()} == {i.tobytes() for i in torch.cat([one, two]).numpy()}
+
+
+def test_columns_of_numbers_keep_their_scale():
+    import datasets
+
+    values = np.random.default_rng(0).random((3, 8, 8), dtype=np.float32)
+    for scale, column in ((1, values), (255, (values * 255).round().astype(int))):
+        dataset = datasets.Dataset.from_dict({"image": [v.tolist() for v in column]})
+        pixels = ImagesInMemory.load(dataset, "image", processor(1)).pixels
+        assert np.abs(pixels[:, 0].numpy() / 255 - column / scale).max() < 0.003
+    with pytest.raises(ValueError, match="Row 0"):
+        ImagesInMemory.load(datasets.Dataset.from_dict({"image": [[[300] * 8] * 8]}), "image", processor(1))
 
 
 def test_preparation_of_batches():

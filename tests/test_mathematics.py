@@ -76,6 +76,18 @@ def test_total_correlation_matches_the_closed_form_on_gaussians():
     torch.testing.assert_close(sum(terms.values()), posterior.kl().mean(), atol=0.1, rtol=0)
 
 
+def test_total_correlation_terms_agree_in_train_and_eval():
+    """In eval() the latents are the mean, but the estimate still needs samples: the terms must stay near the KL."""
+    model = make("beta-vae-tc")
+    model.config.dataset_size = 256
+    x = pixels(model, 256)
+    kl = model.encode(x).latent_dist.kl().mean()
+    for mode in (True, False):
+        terms = model.train(mode)(x).losses
+        total = terms["mutual_information"] + terms["total_correlation"] / 4.0 + terms["dimension_wise_kl"]
+        torch.testing.assert_close(total, kl, atol=0.15, rtol=0.05)
+
+
 def test_stratified_weights_sum_to_one():
     for batch, size in ((4, 4), (16, 1000), (1, 50)):
         torch.testing.assert_close(stratified_log_weights(batch, size).exp().sum(1), torch.ones(batch), atol=1.0 / size, rtol=0)

@@ -2,13 +2,13 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import datasets
+import psutil
 import pytest
 import torch
 from conftest import SAMPLE
@@ -32,6 +32,15 @@ def command(processes: int, *flags) -> list[str]:
     return [sys.executable, *start, "-m", "hf_ae.train", *FLAGS, *map(str, flags)]
 
 
+def kill_all(child: subprocess.Popen):
+    """SIGKILL to a process and all that it started (torchrun's workers have sessions of their own)."""
+    family = [*psutil.Process(child.pid).children(recursive=True), psutil.Process(child.pid)]
+    for process in family:
+        process.kill()
+    psutil.wait_procs(family)
+    child.wait()
+
+
 def run(processes, *flags):
     done = subprocess.run(command(processes, *flags), env=ENV, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -40,21 +49,19 @@ def run(processes, *flags):
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_killed_and_resumed_gives_bitwise_the_weights_of_an_uninterrupted_run(processes, tmp_path):
-    """SIGKILL to the whole process group once the second checkpoint is there; benchmarks/kill_and_resume.py does it ten times."""
+    """SIGKILL to every process once the second checkpoint is there; benchmarks/kill_and_resume.py does it ten times."""
     extra = ["--optimizer", "muon", "--gradient_accumulation_steps", "2"] if processes == 1 else []
     run(processes, "--output_dir", tmp_path / "whole", *extra)
     child = subprocess.Popen(
         command(processes, "--output_dir", tmp_path / "cut", *extra),
         env=ENV,
-        start_new_session=True,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
     deadline = time.monotonic() + 120
     while len(checkpoints(tmp_path / "cut")) < 2 and time.monotonic() < deadline and child.poll() is None:
         time.sleep(0.01)
-    os.killpg(child.pid, signal.SIGKILL)
-    child.wait()
+    kill_all(child)
     assert not (tmp_path / "cut" / "model.safetensors").exists(), "the run ended before it was killed"
     assert "Going on from checkpoint-" in run(processes, "--output_dir", tmp_path / "cut", "--resume_from_checkpoint", "latest", *extra)
     whole, cut = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "cut"))
@@ -67,13 +74,13 @@ def test_two_processes_give_the_gradients_of_one_with_twice_the_batch(tmp_path):
     child = """
 import sys, torch
 from accelerate import Accelerator
-from hf_ae.data import ImagesInMemory, image_column, open_split, to_pixel_values
+from hf_ae.data import ImagesInMemory, image_column, open_dataset, to_pixel_values
 import hf_ae
 accelerator = Accelerator()
 torch.manual_seed(0)
 model = hf_ae.AutoencoderModel(hf_ae.AutoencoderConfig(hidden_sizes=[32], latent_dim=8))
 processor = hf_ae.AutoencoderImageProcessor.from_config(model.config)
-dataset = open_split(sys.argv[1])
+dataset = open_dataset(sys.argv[1])["train"]
 images = ImagesInMemory.load(dataset, image_column(dataset), processor, limit=64)
 model = accelerator.prepare(model)
 batch = next(images.batches(32 // accelerator.num_processes, 0, rank=accelerator.process_index, processes=accelerator.num_processes))
@@ -140,7 +147,7 @@ def test_streaming_trains_and_learns_what_memory_does(train_args, tmp_path):
         )
         from hf_ae.evaluate import evaluate
 
-        losses[streaming] = evaluate(output, str(SAMPLE), tasks=("reconstruction",), max_images=200)["reconstruction"]["mse"]
+        losses[streaming] = evaluate(output, str(SAMPLE), tasks="reconstruction", max_images=200)["reconstruction"]["mse"]
     assert losses[True] < 0.045 and abs(losses[True] - losses[False]) < 0.1 * losses[False]
 
 
@@ -224,12 +231,22 @@ def test_bad_flags_and_datasets_are_named(capsys, tmp_path):
     expect_one_line(capsys, [*data, "--image_column", "picture"], "picture", "image, label")
     expect_one_line(capsys, [*data, "--train_split", "validation"], "validation", "train, test")
     expect_one_line(capsys, [*data, "--streaming"], "--max_train_steps")
+    expect_one_line(capsys, [*data, "--image_column", "label"], "label", "no images")
+    expect_one_line(capsys, [*data, "--train_batch_size", "0"], "train_batch_size=0", "at least 1")
+    expect_one_line(capsys, [*data, "--learning_rate", "nan"], "learning_rate=nan")
+    expect_one_line(capsys, [*data, "--save_dtype", "half"], "float16")
+    expect_one_line(capsys, [*data, "--batch_size", "3"], "--batch_size")
+    expect_one_line(capsys, [*data, "--train_batch_size", "many"], "train_batch_size")
+    expect_one_line(capsys, [*data, "--push_to_hub"], "push_to_hub", "login")
+    expect_one_line(capsys, [*data, "--report_to", "wandb"], "pip install wandb")
     expect_one_line(capsys, [*data, "--optimizer", "adamw3"], "adamw3")
     expect_one_line(capsys, [*data, "--lr_scheduler", "wave"], "wave", "cosine")
     expect_one_line(capsys, [*data, "--report_to", "paper"], "tensorboard")
     expect_one_line(capsys, ["--output_dir", tmp_path / "o"], "--dataset_name")
     expect_one_line(capsys, ["--dataset_name", tmp_path / "none", "--output_dir", tmp_path / "o"], "none")
     expect_one_line(capsys, [tmp_path / "missing.yaml"], "missing.yaml")
+    (tmp_path / "half.yaml").write_text("train_batch_size: 12.5\n")
+    expect_one_line(capsys, [tmp_path / "half.yaml"], "train_batch_size=12.5")
     (tmp_path / "bad.yaml").write_text("learning_rat: 1e-3\n")
     expect_one_line(capsys, [tmp_path / "bad.yaml"], "learning_rat")
     datasets.Dataset.from_dict({"image": []}, features=datasets.Features({"image": datasets.Image()})).to_parquet(
@@ -267,10 +284,14 @@ def test_output_folders_that_are_not_ours_are_left_alone(capsys, train_args, tmp
         expect_one_line(capsys, [*flags, "--output_dir", mine, *more], "photos", "not ours")
     assert [p.name for p in mine.iterdir()] == ["holiday.jpg"]
     expect_one_line(capsys, [*flags, "--output_dir", mine / "holiday.jpg"], "is a file")
+    (tmp_path / "project").mkdir()
+    (tmp_path / "project" / "README.md").write_text("# my project")
+    expect_one_line(capsys, [*flags, "--output_dir", tmp_path / "project"], "not ours")
     expect_one_line(capsys, [*flags, "--output_dir", "/proc/nowhere"], "/proc/nowhere", "cannot be written")
     train(train_args())
     before = (tmp_path / "run" / "model.safetensors").read_bytes()
     expect_one_line(capsys, [*flags, "--output_dir", tmp_path / "run"], "earlier run")
+    expect_one_line(capsys, [*flags, "--output_dir", tmp_path / "run", "--resume_from_checkpoint", "latest"], "finished")
     assert (tmp_path / "run" / "model.safetensors").read_bytes() == before
 
 
@@ -279,6 +300,11 @@ def test_a_checkpoint_of_another_model_or_a_damaged_one_is_refused(capsys, train
     flags = ["--dataset_name", SAMPLE, "--max_train_samples", "200", "--validation_epochs", "0", "--output_dir", tmp_path / "run",
              "--resume_from_checkpoint", "latest", "--config_overrides"]  # fmt: skip
     expect_one_line(capsys, [*flags, "hidden_sizes=[17],latent_dim=4"], "another model", "hidden_sizes", "[16]", "[17]")
+    fitting = [*flags, "hidden_sizes=[16],latent_dim=4", "--train_batch_size"]
+    expect_one_line(capsys, [*fitting, "10"], "other data or batches", "train_batch_size 20 there and 10 here")
+    flags[flags.index("latest")] = tmp_path / "run" / "checkpoint-2"
+    expect_one_line(capsys, [*flags, "hidden_sizes=[16],latent_dim=4"], "newer checkpoint-4")
+    flags[flags.index(tmp_path / "run" / "checkpoint-2")] = "latest"
     path = tmp_path / "run" / "checkpoint-4" / "training_state.safetensors"
     path.write_bytes(path.read_bytes()[:100])
     expect_one_line(capsys, [*flags, "hidden_sizes=[16],latent_dim=4"], "checkpoint-4", "damaged")
@@ -294,4 +320,45 @@ def test_overrides_are_parsed_as_yaml_values():
         "network": "conv",
         "pixel_range": [-1.0, 1.0],
     }
-    assert json.dumps(parse_overrides("kl_weight=1e-6,latent_dim=null"))
+    assert parse_overrides("kl_weight=1e-6,latent_dim=null") == {"kl_weight": 1e-6, "latent_dim": None}
+    assert parse_overrides({"kl_weight": "1e-6"}) == {"kl_weight": 1e-6}
+
+
+def test_a_folder_of_image_files_trains_with_default_flags(capsys, tmp_path):
+    """Colour JPEGs of mixed shapes, no test split, a recipe after the flags, fewer images than a batch."""
+    (tmp_path / "photos").mkdir()
+    for i in range(6):
+        Image.effect_noise((30 + 5 * i, 50 - 5 * i), 90).convert("RGB").save(tmp_path / "photos" / f"{i}.jpg")
+    (tmp_path / "r.yaml").write_text(
+        "model_type: hf_ae_vae\nconfig_overrides: network=resnet,image_size=16,num_channels=3,hidden_sizes=[8,8],kl_weight=1e-6,"
+        "pixel_range=[-1.0,1.0]\ngradient_accumulation_steps: 4\nnum_train_epochs: 1\n"
+    )
+    main(["--dataset_name", str(tmp_path / "photos"), "--output_dir", str(tmp_path / "o"), str(tmp_path / "r.yaml")])
+    out = capsys.readouterr().out
+    assert "only train" in out and "Trained on 24 images" in out
+    model = AutoModel.from_pretrained(tmp_path / "o")
+    assert model.config.kl_weight == 1e-6 and model.config.code_shape == [4, 8, 8]
+    from hf_ae.evaluate import evaluate
+
+    metrics = evaluate(tmp_path / "o", str(tmp_path / "photos"), samples=2)
+    assert metrics["split"] == "train" and metrics["likelihood"]["samples"] == 2 and "pca" not in metrics
+    assert metrics["command"].endswith("photos --samples 2")
+
+
+def test_training_anew_forgets_the_measurements_of_the_old_weights(train_args, tmp_path):
+    from hf_ae.evaluate import evaluate
+
+    train(train_args())
+    evaluate(tmp_path / "run", str(SAMPLE), max_images=20)
+    assert "model-index" in (tmp_path / "run" / "README.md").read_text()
+    train(train_args(overwrite_output_dir=True))
+    assert "model-index" not in (tmp_path / "run" / "README.md").read_text()
+    assert not (tmp_path / "run" / "metrics.json").exists()
+
+
+def test_compiled_training_resumes(train_args, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "eager")
+    train(train_args(checkpointing_steps=2, max_train_steps=4))
+    (tmp_path / "run" / "model.safetensors").unlink()
+    train(train_args(checkpointing_steps=2, max_train_steps=6, resume_from_checkpoint="latest", lr_scheduler="constant"))
+    assert all(not k.startswith("_orig") for k in load_file(tmp_path / "run" / "model.safetensors"))
