@@ -40,7 +40,8 @@ def run(output: Path, seconds: int):
     image_grid(samples, 10, output / "new_images.png", cell=56)
     print("\nPictures:")
     for path in (output / "shipped_models.png", trained / "reconstructions.png", output / "new_images.png"):
-        print(f"   {path}")
+        if path.is_file():
+            print(f"   {path}")
     print(f"The trained model, ready for  hf-ae push {trained} --repo you/my-vae :\n   {trained}")
 
 

@@ -126,10 +126,10 @@ def evaluate(model, dataset_name: str, save: bool = True, **options) -> dict:
     if "reconstruction" in tasks:
         rebuilt = reconstruct(loaded, images)
         metrics["reconstruction"] = reconstruction_metrics(images, rebuilt)
-        if hasattr(loaded.config, "corruption"):
-            add_denoising(loaded, images, metrics, rows)
         rows["autoencoder"] = rebuilt[:12]
         add_pca(request, parts, column, processor, images, metrics, rows)
+        if hasattr(loaded.config, "corruption"):
+            rows = {"original": images[:12], **denoised(loaded, images, metrics)}
     if "likelihood" in tasks:
         metrics["likelihood"] = likelihood(loaded, pixels, request.samples)
     if save and Path(model).is_dir():
@@ -174,15 +174,15 @@ def decoding_bar(iterator, total):
     return tqdm(iterator, total=total, desc="decoding", mininterval=1.0, leave=False)
 
 
-def add_denoising(model, images, metrics: dict, rows: dict):
-    """Measure from damaged images too; the damage is the same at every call."""
+def denoised(model, images, metrics: dict) -> dict:
+    """Measure from damaged images too, the same at every call; returns the rows of the picture."""
     low, high = model.config.pixel_range
     damaged = model.corrupt(images * (high - low) + low, torch.Generator().manual_seed(0))
     damaged = (damaged - low) / (high - low)
     restored = reconstruct(model, damaged)
     metrics["denoising_input"] = reconstruction_metrics(images, damaged)
     metrics["denoising"] = reconstruction_metrics(images, restored)
-    rows["damaged"], rows["restored"] = damaged[:12], restored[:12]
+    return {"damaged": damaged[:12], "restored": restored[:12]}
 
 
 def likelihood(model, pixels: torch.Tensor, samples: int) -> dict:

@@ -30,14 +30,12 @@ def test_shipped_checkpoint_is_complete_small_and_carries_the_code_of_this_check
     assert set(v.split(".")[0] + ".py" for v in config["auto_map"].values()) <= set(files)
 
 
-@pytest.mark.parametrize("folder", CARDS, ids=lambda p: p.name)
+@pytest.mark.parametrize("folder", [p for p in CARDS if p.name.startswith("fashion")], ids=lambda p: p.name)
 def test_shipped_checkpoint_reconstructs_as_its_card_says(folder):
-    """On the bundled sample the error must be near that of metrics.json (mnist models: of their own kind of image)."""
+    """On the bundled sample of the test split the error must be near that of metrics.json."""
     import datasets
 
     metrics = json.loads((folder / "metrics.json").read_text())
-    if "fashion" not in metrics["dataset"]:
-        pytest.skip("the sample holds Fashion-MNIST only")
     model, processor = AutoModel.from_pretrained(folder).eval(), AutoImageProcessor.from_pretrained(folder)
     images = datasets.load_dataset(str(ROOT / "tests" / "data" / "fashion_mnist_sample"), split="test")["image"]
     x = processor(list(images), return_tensors="pt").pixel_values

@@ -1,6 +1,5 @@
 """The training script: end to end, resumed after a kill, in two processes, and on bad input."""
 
-import json
 import os
 import subprocess
 import sys
