@@ -6,7 +6,8 @@ The network is 784-512-16-512-784, batch 128, Adam, two epochs of 20,000 images 
 off. hf_ae is measured through its training script, its loop after the first step (what "Trained on …" says), the bare loop
 likewise (torch.compile works in the first step).
 PYTHON is the interpreter of an environment with pythae (`pip install torch==2.13.0 pythae pyarrow pillow`), timed by a
-callback from the end of its first step to the end of its last epoch. Prints each round and the median and range of the ratios within a round.
+callback from the end of its first step to the end of its last epoch. Prints each round, and of the ratios within a round
+the median and the range.
 """
 
 from __future__ import annotations

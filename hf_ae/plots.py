@@ -55,7 +55,7 @@ def image_grid(pixels: torch.Tensor, columns: int, path=None, cell: int = 28, ga
     return sheet
 
 
-def latent_plane(codes, labels, decoded: torch.Tensor, extent, path=None, size: int = 900) -> Image.Image:
+def latent_plane(codes, labels, decoded: torch.Tensor, extent, path=None, size: int = 720) -> Image.Image:
     """A 2-d latent space: left the codes of test images coloured by class, right what the decoder draws all over it.
 
     codes: array (images, 2). labels: whole numbers from 0, (images,), or None. decoded: (rows·rows, channels,
