@@ -1,6 +1,6 @@
 """Kill training at random steps, resume, and compare the final weights bit by bit with an uninterrupted run.
 
-    python benchmarks/kill_and_resume.py [--times 10]
+    python benchmarks/kill_and_resume.py [--times 10] [--processes 1 2]
 
 For one and for two processes. Each kill is a SIGKILL of every process at a random moment of the run; a killed run is
 resumed with --resume_from_checkpoint latest, and killed again, until it ends. Prints how many runs were identical.
@@ -64,8 +64,10 @@ def killed_run(processes: int, folder: Path, dice: random.Random) -> list[int]:
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--times", type=int, default=10)
-    times, dice = parser.parse_args().times, random.Random(0)
-    for processes in (1, 2):
+    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
+    args = parser.parse_args()
+    times, dice = args.times, random.Random(0)
+    for processes in args.processes:
         with tempfile.TemporaryDirectory() as scratch:
             if start(processes, Path(scratch, "whole")).wait():
                 raise SystemExit("the uninterrupted run failed")

@@ -347,6 +347,9 @@ def finish(args, run: Run, processor, output: Path):
         if args.push_to_hub:
             repo = args.hub_model_id or output.resolve().name
             accelerator.print(f"Pushed to {push_folder(output, repo, args.hub_private)}")
+    run.model = model
+    accelerator.free_memory()  # gloo can hang when the wrapper of several processes outlives the process group
+    accelerator.wait_for_everyone()
     accelerator.end_training()
 
 
