@@ -87,6 +87,7 @@ class Decoder:
 
     def __call__(self, numbered) -> np.ndarray | None:
         number, value = numbered
+        file = f" ({value['path']})" if isinstance(value, dict) and value.get("path") else ""
         try:
             if isinstance(value, dict):
                 value = value["bytes"] if value.get("bytes") is not None else value["path"]
@@ -99,7 +100,8 @@ class Decoder:
                 self.skipped += 1
                 return None
             raise BrokenImageError(
-                f"Row {number} of the dataset is no readable image: {error} Write --skip_broken_images to leave such rows out."
+                f"Row {number} of the dataset{file} is no readable image: {error.args[0] if error.args else error} "
+                "(hf_ae.train leaves such rows out with --skip_broken_images)"
             ) from None
 
 
