@@ -1,0 +1,250 @@
+"""Encoders and decoders: mlp, conv, resnet.
+
+An encoder maps `pixel_values` (batch, channels, height, width) to `(code, positions)`: the code before the bottleneck,
+and the positions that max-pooling remembered, finest first (an empty list where there are none). A decoder maps a code
+and such positions to logits of the shape of `pixel_values`. With `latent_channels` the convolutional networks take any
+size that divides.
+"""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+ACTIVATIONS = {"sigmoid": nn.Sigmoid, "relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU, "identity": nn.Identity}
+
+
+def build_encoder(config, values_per_code: int = 1) -> nn.Module:
+    """The encoder that `config` asks for, with `values_per_code` outputs for each value of the code."""
+    return {"mlp": MLPEncoder, "conv": ConvEncoder, "resnet": ResnetEncoder}[config.network](config, values_per_code)
+
+
+def build_decoder(config) -> nn.Module:
+    """The mirrored decoder."""
+    return {"mlp": MLPDecoder, "conv": ConvDecoder, "resnet": ResnetDecoder}[config.network](config)
+
+
+class MLPLayer(GradientCheckpointingLayer):
+    def __init__(self, inputs: int, outputs: int, activation: str):
+        super().__init__()
+        self.linear = nn.Linear(inputs, outputs)
+        self.activation = ACTIVATIONS[activation]()
+
+    def forward(self, x):
+        return self.activation(self.linear(x))
+
+
+class MLPEncoder(nn.Module):
+    """pixels -> hidden_sizes -> code"""
+
+    gradient_checkpointing = False  # with no hidden layer there is nothing to compute again, and that is no error
+
+    def __init__(self, config, values_per_code: int):
+        super().__init__()
+        widths = [config.num_pixels, *config.hidden_sizes]
+        self.layers = nn.ModuleList(MLPLayer(a, b, config.activation) for a, b in pairwise(widths))
+        self.to_code = nn.Linear(widths[-1], config.latent_dim * values_per_code)
+
+    def forward(self, pixel_values):
+        x = pixel_values.flatten(1)
+        for layer in self.layers:
+            x = layer(x)
+        return self.to_code(x), []
+
+
+class MLPDecoder(nn.Module):
+    """code -> reversed hidden_sizes -> pixels"""
+
+    def __init__(self, config):
+        super().__init__()
+        widths = [config.latent_dim, *reversed(config.hidden_sizes)]
+        self.image_shape = (config.num_channels, *config.image_hw)
+        self.layers = nn.ModuleList(MLPLayer(a, b, config.activation) for a, b in pairwise(widths))
+        self.to_pixels = nn.Linear(widths[-1], config.num_pixels)
+
+    def forward(self, code, positions=()):
+        for layer in self.layers:
+            code = layer(code)
+        return self.to_pixels(code).unflatten(1, self.image_shape)
+
+
+class ConvDown(GradientCheckpointingLayer):
+    """Halve height and width, by a stride of 2 or by max-pooling after the convolution."""
+
+    def __init__(self, inputs: int, outputs: int, config):
+        super().__init__()
+        self.pool = config.downsample == "maxpool"
+        self.remember = config.upsample == "unpool"
+        self.conv = nn.Conv2d(inputs, outputs, 3, padding=1) if self.pool else nn.Conv2d(inputs, outputs, 4, 2, 1)
+        self.activation = ACTIVATIONS[config.activation]()
+
+    def forward(self, x):
+        x = self.activation(self.conv(x))
+        if self.remember:
+            return F.max_pool2d(x, 2, return_indices=True)
+        return (F.max_pool2d(x, 2) if self.pool else x), None
+
+
+class ConvUp(GradientCheckpointingLayer):
+    """Double height and width. Without remembered positions, unpooling writes to each window's upper left corner."""
+
+    def __init__(self, inputs: int, outputs: int, config, last: bool):
+        super().__init__()
+        self.how = config.upsample
+        self.conv = nn.ConvTranspose2d(inputs, outputs, 4, 2, 1) if self.how == "transpose" else nn.Conv2d(inputs, outputs, 3, padding=1)
+        self.activation = nn.Identity() if last else ACTIVATIONS[config.activation]()
+
+    def forward(self, x, positions=None):
+        if self.how == "nearest":
+            x = F.interpolate(x, scale_factor=2.0, mode="nearest")
+        elif self.how == "unpool":
+            x = F.max_unpool2d(x, upper_left(x) if positions is None else positions, [2, 2])
+        return self.activation(self.conv(x))
+
+
+def upper_left(x: torch.Tensor) -> torch.Tensor:
+    """Positions, as max-pooling counts them, of the upper left corner of each 2×2 window."""
+    height, width = x.shape[-2:]
+    rows = torch.arange(height, device=x.device)[:, None] * 2
+    return (rows * width * 2 + torch.arange(width, device=x.device) * 2).expand(x.shape)
+
+
+class FromFeatures(nn.Module):
+    """Last feature map -> code: a linear layer for a vector, a 1×1 convolution for a spatial code."""
+
+    def __init__(self, config, channels: int, values_per_code: int):
+        super().__init__()
+        self.project: nn.Module
+        if config.latent_dim is None:
+            self.project = nn.Conv2d(channels, config.latent_channels * values_per_code, 1)
+        else:
+            positions = math.prod(config.image_hw) // config.downsampling**2
+            self.project = nn.Sequential(nn.Flatten(), nn.Linear(channels * positions, config.latent_dim * values_per_code))
+
+    def forward(self, x):
+        return self.project(x)
+
+
+class ToFeatures(nn.Module):
+    """Code -> first feature map of the decoder."""
+
+    def __init__(self, config, channels: int):
+        super().__init__()
+        self.project: nn.Module
+        if config.latent_dim is None:
+            self.project = nn.Conv2d(config.latent_channels, channels, 1)
+        else:
+            shape = (channels, *(size // config.downsampling for size in config.image_hw))
+            self.project = nn.Sequential(nn.Linear(config.latent_dim, math.prod(shape)), nn.Unflatten(1, shape))
+
+    def forward(self, code):
+        return self.project(code)
+
+
+class ConvEncoder(nn.Module):
+    """pixels -> (convolution, halve) for each of hidden_sizes -> code"""
+
+    def __init__(self, config, values_per_code: int):
+        super().__init__()
+        channels = [config.num_channels, *config.hidden_sizes]
+        self.layers = nn.ModuleList(ConvDown(a, b, config) for a, b in pairwise(channels))
+        self.to_code = FromFeatures(config, channels[-1], values_per_code)
+
+    def forward(self, x):
+        remembered = []
+        for layer in self.layers:
+            x, positions = layer(x)
+            if positions is not None:
+                remembered.append(positions)
+        return self.to_code(x), remembered
+
+
+class ConvDecoder(nn.Module):
+    """code -> (double, convolution) for each of reversed hidden_sizes -> pixels"""
+
+    def __init__(self, config):
+        super().__init__()
+        channels = [*reversed(config.hidden_sizes), config.num_channels]
+        pairs = list(pairwise(channels))
+        self.from_code = ToFeatures(config, channels[0])
+        self.activation = ACTIVATIONS[config.activation]()
+        self.layers = nn.ModuleList(ConvUp(a, b, config, last=i == len(pairs) - 1) for i, (a, b) in enumerate(pairs))
+
+    def forward(self, code, positions=()):
+        x = self.activation(self.from_code(code))
+        remembered = list(positions) or [None] * len(self.layers)
+        for layer, where in zip(self.layers, reversed(remembered)):
+            x = layer(x, where)
+        return x
+
+
+class ResBlock(GradientCheckpointingLayer):
+    """x + convolution(activation(norm(·))) twice, with a 1×1 shortcut where channels change."""
+
+    def __init__(self, inputs: int, outputs: int, activation: str):
+        super().__init__()
+        self.norm1, self.conv1 = group_norm(inputs), nn.Conv2d(inputs, outputs, 3, padding=1)
+        self.norm2, self.conv2 = group_norm(outputs), nn.Conv2d(outputs, outputs, 3, padding=1)
+        self.activation = ACTIVATIONS[activation]()
+        self.shortcut = nn.Conv2d(inputs, outputs, 1) if inputs != outputs else nn.Identity()
+
+    def forward(self, x):
+        y = self.conv1(self.activation(self.norm1(x)))
+        return self.shortcut(x) + self.conv2(self.activation(self.norm2(y)))
+
+
+def group_norm(channels: int) -> nn.GroupNorm:
+    return nn.GroupNorm(math.gcd(channels, 32), channels, eps=1e-6)
+
+
+class ResnetEncoder(nn.Module):
+    """pixels -> stem -> residual blocks, halving between levels -> norm -> code"""
+
+    def __init__(self, config, values_per_code: int):
+        super().__init__()
+        channels = config.hidden_sizes
+        self.stem = nn.Conv2d(config.num_channels, channels[0], 3, padding=1)
+        self.layers = nn.ModuleList()
+        for level, width in enumerate(channels):
+            before = channels[max(level - 1, 0)]
+            if level:
+                self.layers.append(nn.Conv2d(before, before, 3, 2, 1))
+            for block in range(config.num_res_blocks):
+                self.layers.append(ResBlock(before if block == 0 else width, width, config.activation))
+        self.norm, self.activation = group_norm(channels[-1]), ACTIVATIONS[config.activation]()
+        self.to_code = FromFeatures(config, channels[-1], values_per_code)
+
+    def forward(self, x):
+        x = self.stem(x)
+        for layer in self.layers:
+            x = layer(x)
+        return self.to_code(self.activation(self.norm(x))), []
+
+
+class ResnetDecoder(nn.Module):
+    """code -> residual blocks, doubling between levels -> norm -> pixels"""
+
+    def __init__(self, config):
+        super().__init__()
+        channels = list(reversed(config.hidden_sizes))
+        self.from_code = ToFeatures(config, channels[0])
+        self.layers = nn.ModuleList()
+        for level, width in enumerate(channels):
+            before = channels[max(level - 1, 0)]
+            if level:
+                self.layers.append(nn.Sequential(nn.Upsample(scale_factor=2.0), nn.Conv2d(before, before, 3, padding=1)))
+            for block in range(config.num_res_blocks):
+                self.layers.append(ResBlock(before if block == 0 else width, width, config.activation))
+        self.norm, self.activation = group_norm(channels[-1]), ACTIVATIONS[config.activation]()
+        self.to_pixels = nn.Conv2d(channels[-1], config.num_channels, 3, padding=1)
+
+    def forward(self, code, positions=()):
+        x = self.from_code(code)
+        for layer in self.layers:
+            x = layer(x)
+        return self.to_pixels(self.activation(self.norm(x)))
