@@ -73,7 +73,7 @@ def train(folder: Path, steps: int):
     command = [
         sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no",
         "--dynamo_backend", "no", "-m", "hf_ae.train",
-        "--model_type", "hf_ae_vae", "--config_overrides", "network=conv,hidden_sizes=[32,64],latent_dim=16",
+        "--model_type", "hf_ae_vae", "--config_overrides", "network=conv,hidden_sizes=[32,64],latent_dim=16,kl_weight=0.2",
         "--dataset_name", str(SAMPLE), "--output_dir", str(folder), "--overwrite_output_dir", "--max_train_steps", str(steps),
         "--train_batch_size", "64", "--learning_rate", "0.002", "--validation_epochs", "0", "--random_flip",
     ]  # fmt: skip
