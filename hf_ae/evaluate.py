@@ -21,7 +21,7 @@ from .data import (
     pick_split,
     to_pixel_values,
 )
-from .hub import write_card
+from .hub import read_json, write_card
 from .metrics import importance_weighted_bound, pca_reconstruction, reconstruction_metrics
 from .plots import labelled_rows, latent_plane
 
@@ -207,7 +207,7 @@ def likelihood(model, pixels: torch.Tensor, samples: int) -> dict:
 def save_results(folder: Path, model, metrics: dict, rows: dict, dataset, images):
     """metrics.json, pictures and the card. A task that was not asked for keeps its earlier result."""
     old_path = folder / "metrics.json"
-    old = json.loads(old_path.read_text()) if old_path.is_file() else {}
+    old = read_json(old_path)
     if all(old.get(k) == metrics[k] for k in ("dataset", "split", "images", "binarized")):
         metrics = {**old, **metrics}
     old_path.write_text(json.dumps(metrics, indent=2, ensure_ascii=False) + "\n")

@@ -220,7 +220,7 @@ def check_weights(folder: Path):
     try:
         _, info = AutoModel.from_pretrained(folder, output_loading_info=True)
     except Exception as error:
-        raise ValueError(f"The model in {folder} does not load: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"The model in {folder} does not load: {first_line(error)}") from None
     problems = [
         f"{kind.replace('_', ' ')} {sorted(map(str, info[kind]))[0]}"
         for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
