@@ -1,4 +1,4 @@
-"""The command line: hf-ae demo | evaluate | reconstruct | push."""
+"""The command line: hf-ae demo | evaluate | reconstruct | generate | push."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from .training import one_line_errors
+from .arguments import one_line_errors
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 
@@ -83,13 +83,46 @@ def reconstruct(
 
 
 @app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help="What to draw.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Picture to write; several are put on one sheet.")] = Path("picture.png"),
+    model: Annotated[str | None, typer.Option("--model", help="Folder or Hub id of a pipeline; default: emoji-text-to-image.")] = None,
+    negative_prompt: Annotated[str | None, typer.Option("--negative-prompt", help="What not to draw.")] = None,
+    steps: Annotated[int | None, typer.Option("--steps", help="Denoising steps; default: the pipeline's.")] = None,
+    guidance_scale: Annotated[float | None, typer.Option("--guidance-scale", help="How closely to follow the prompt; 1: no guidance.")] = None,
+    seed: Annotated[int, typer.Option("--seed", help="The same seed gives the same picture.")] = 0,
+    images: Annotated[int, typer.Option("--images", min=1, help="Pictures to draw, with seeds from --seed on.")] = 1,
+    height: Annotated[int | None, typer.Option("--height", help="In pixels; default: the size of training.")] = None,
+    width: Annotated[int | None, typer.Option("--width", help="In pixels.")] = None,
+    image: Annotated[Path | None, typer.Option("--image", help="Start from this picture.")] = None,
+    strength: Annotated[float, typer.Option("--strength", help="How far to leave --image: 0 not at all, 1 entirely.")] = 0.8,
+    scheduler: Annotated[str | None, typer.Option("--scheduler", help="A diffusers scheduler class; default: the pipeline's.")] = None,
+    steps_grid: Annotated[str | None, typer.Option("--steps-grid", help="Draw a sheet, one row for each: 10,15,20,30,40.")] = None,
+    seeds: Annotated[int, typer.Option("--seeds", min=1, help="Columns of the sheet.")] = 4,
+):
+    """Draw a picture from a prompt with a text-to-image pipeline."""
+    from . import generate as drawing
+
+    check_writable(output)
+    options = dict(negative_prompt=negative_prompt, guidance_scale=guidance_scale, height=height, width=width)
+    if image is not None:
+        options |= dict(image=drawing.open_picture(image), strength=strength)
+    pipe = drawing.load_pipeline(model, scheduler)
+    if steps_grid is not None:
+        drawing.steps_sheet(pipe, prompt, drawing.numbers(steps_grid), seed, seeds, options).save(output)
+    else:
+        drawing.pictures(pipe, prompt, steps, seed, images, options).save(output)
+    print(f"Written: {output}")
+
+
+@app.command()
 def push(
-    folder: Annotated[Path, typer.Argument(help="Model folder, exactly what the repository will hold.")],
+    folder: Annotated[Path, typer.Argument(help="Folder of a model or a pipeline, exactly what the repository will hold.")],
     repo: Annotated[str, typer.Option("--repo", help="owner/name on the Hub.")],
     private: Annotated[bool, typer.Option("--private", help="Make the repository private when it is created.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check only; upload nothing.")] = False,
 ):
-    """Check a model folder (weights load, card complete, no stray files) and upload it in one commit."""
+    """Check the folder of a model or a pipeline (weights load, card complete, no stray files) and upload it in one commit."""
     from .hub import check_folder, push_folder
 
     files = check_folder(folder)

@@ -36,7 +36,11 @@ def open_dataset(name: str, config_name: str | None = None, streaming: bool = Fa
 
 
 def pick_split(parts, name: str):
-    """One split of an opened dataset. Raises ValueError that says what is there instead."""
+    """One split of an opened dataset, or several as `train+test`. Raises ValueError that says what is there instead."""
+    if "+" in name and name not in parts:
+        import datasets
+
+        return datasets.concatenate_datasets([pick_split(parts, part.strip()) for part in name.split("+")])
     if name not in parts:
         raise ValueError(f"The dataset has no split {name!r}: it has {', '.join(map(str, parts))}.")
     if hasattr(parts[name], "num_rows") and len(parts[name]) == 0:
@@ -146,19 +150,29 @@ class ImagesInMemory:
         return len(self.pixels)
 
     def num_batches(self, batch_size: int, processes: int = 1) -> int:
-        """Batches of an epoch; images that do not fill a last batch wait for the next epoch's order."""
-        return max(1, len(self) // (batch_size * processes))
+        """Batches of an epoch."""
+        return num_batches(len(self), batch_size, processes)
 
-    def batches(self, batch_size: int, epoch: int, seed: int = 0, start: int = 0, rank: int = 0, processes: int = 1):
-        """uint8 batches of one epoch in an order that `seed` and `epoch` fix, from batch `start` on.
+    def batches(self, batch_size: int, epoch: int, **where) -> Iterator[torch.Tensor]:
+        """uint8 batches of one epoch, in the order of `row_batches`."""
+        for rows in row_batches(len(self), batch_size, epoch, **where):
+            yield self.pixels[rows]
 
-        Each process takes its part of the same global batch of `batch_size` × `processes` images.
-        """
-        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(1_000_003 * seed + epoch))
-        together = batch_size * processes
-        for batch in range(start, self.num_batches(batch_size, processes)):
-            rows = order[batch * together : (batch + 1) * together]
-            yield self.pixels[rows[rank::processes] if processes > 1 else rows]
+
+def num_batches(rows: int, batch_size: int, processes: int = 1) -> int:
+    """Batches of an epoch; rows that do not fill a last batch wait for the next epoch's order."""
+    return max(1, rows // (batch_size * processes))
+
+
+def row_batches(rows: int, batch_size: int, epoch: int, seed: int = 0, start: int = 0, rank: int = 0, processes: int = 1):
+    """Numbers of rows, batch by batch, in an order that `seed` and `epoch` fix, from batch `start` on.
+
+    Each process takes its part of the same global batch of `batch_size` × `processes` rows.
+    """
+    order = torch.randperm(rows, generator=torch.Generator().manual_seed(1_000_003 * seed + epoch))
+    together = batch_size * processes
+    for batch in range(start, num_batches(rows, batch_size, processes)):
+        yield order[batch * together : (batch + 1) * together][rank::processes]
 
 
 class ImageStream:
@@ -215,13 +229,24 @@ def batch_for(values: int, most: int = 500) -> int:
     return max(1, min(most, 2**22 // values))
 
 
-def to_pixel_values(pixels: torch.Tensor, device, pixel_range, flip=False, shift: int = 0, binarize=False) -> torch.Tensor:
+def to_pixel_values(
+    pixels: torch.Tensor, device, pixel_range, flip=False, symmetry=False, colors=False, shift: int = 0, binarize=False
+) -> torch.Tensor:
     """uint8 batch -> float `pixel_values` in `pixel_range` on `device`.
 
-    flip: mirror half of the images. shift: move each by up to `shift` pixels, filling with its border.
+    flip: mirror half of the images. symmetry: one of the eight symmetries of the square for each image.
+    colors: shuffle the channels of two images in three. shift: move each by up to `shift` pixels, filling with its border.
     binarize: draw each pixel from a Bernoulli with its gray value as probability.
     """
     x = pixels.to(device, non_blocking=True).float().div_(255)
+    if symmetry:
+        upright, flip = len(x) // 2, True
+        x = torch.cat([x[:upright], x[upright:].transpose(2, 3)])  # batches are in random order
+        x = torch.where(torch.rand(len(x), 1, 1, 1, device=device) < 0.5, x.flip(-2), x)
+    if colors:
+        order = torch.rand(x.shape[:2], device=device).argsort(1)
+        order = torch.where(torch.rand(len(x), 1, device=device) < 1 / 3, torch.arange(x.shape[1], device=device), order)
+        x = x.gather(1, order[:, :, None, None].expand_as(x))
     if flip:
         mirrored = torch.rand(len(x), device=device) < 0.5
         x = torch.where(mirrored[:, None, None, None], x.flip(-1), x)

@@ -1,20 +1,27 @@
-"""A model folder is a Hub repository: its card, its check, its upload."""
+"""A model or pipeline folder is a Hub repository: its card, its check, its upload."""
 
 from __future__ import annotations
 
-import json
+import importlib
 import re
 from pathlib import Path
+from typing import Any
 
 import yaml
 from huggingface_hub import HfApi, ModelCardData
 from huggingface_hub.repocard_data import EvalResult
+from safetensors.torch import load_file
 
-WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
-ALLOWED = re.compile(
-    r"README\.md|recipe\.yaml|config\.json|preprocessor_config\.json|metrics\.json|\.gitattributes|[a-z_]+\.py|[\w-]+\.(png|jpg)"
+from .pipeline_folder import components, has_code, read_json, write_code
+
+ALLOWED = (
+    r"README\.md|recipe[\w-]*\.yaml|(model_index|config|preprocessor_config|metrics)\.json|\.gitattributes|[a-z_]+\.py|[\w-]+\.(png|jpg)"
 )
-RUN_FILES = re.compile(r"(checkpoint-\d+|samples|logs|__pycache__|\..*)/|\.hf_ae_run")
+WEIGHTS = r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?"
+"""At the top of a model folder."""
+COMPONENT_FILES = r"[\w.-]+\.(safetensors|json|txt|model|jinja|py)"
+"""In the folder of a pipeline's component."""
+RUN_FILES = re.compile(r"(checkpoint-\d+|samples|latents|logs|__pycache__|\..*)/|\.hf_ae_run")
 """What a training run leaves beside the model: never uploaded."""
 METRIC_NAMES = {
     "mse": "MSE",
@@ -34,44 +41,52 @@ TITLES = {
 }
 
 
-def read_json(path: Path) -> dict:
-    """The file's content, {} where there is none. Raises ValueError where it is broken."""
-    try:
-        return json.loads(path.read_text()) if path.is_file() else {}
-    except ValueError as error:
-        raise ValueError(f"{path} is no valid JSON: {error}") from None
-
-
 def write_card(folder) -> Path:
-    """Write `folder`/README.md from what lies beside it: config.json, recipe.yaml, metrics.json and pictures.
+    """Write `folder`/README.md from what lies beside it: the configuration, recipe.yaml, metrics.json and pictures.
 
-    A hand-written section "## Notes" of an earlier card is kept.
+    A hand-written section "## Notes" of an earlier card is kept, and its licence.
     """
     folder = Path(folder)
-    config, metrics = read_json(folder / "config.json"), read_json(folder / "metrics.json")
+    is_pipeline, metrics = (folder / "model_index.json").is_file(), read_json(folder / "metrics.json")
     recipe_path = folder / "recipe.yaml"
     recipe = yaml.safe_load(recipe_path.read_text()) if recipe_path.is_file() else {}
     dataset = recipe.get("dataset_name") or metrics.get("dataset")
     name = folder.resolve().name
-    data = ModelCardData(
-        license="apache-2.0",
-        library_name="transformers",
-        tags=["hf_ae", "autoencoder", config.get("model_type", "").removeprefix("hf_ae_")],
-        datasets=[dataset] if dataset and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", dataset) and not Path(dataset).exists() else None,
-        model_name=name if metrics else None,
-        eval_results=eval_results(metrics) if metrics else None,
-    )
     old = (folder / "README.md").read_text() if (folder / "README.md").is_file() else ""
     notes = re.search(r"^## Notes\n.*", old, re.S | re.M)
-    sections = [f"# {name}", summary(config, dataset), *picture_section(folder), use_section(name)]
-    if metrics:
-        sections.append(results_section(metrics))
+    front: dict[str, Any]
+    if is_pipeline:
+        front = dict(library_name="diffusers", pipeline_tag="text-to-image", tags=["hf_ae", "text-to-image", "latent-diffusion"])
+        sections = [pipeline_summary(dataset), *picture_section(folder), pipeline_use_section(name), components_section(folder)]
+        sections += [figures_section(metrics)] if metrics else []
+    else:
+        config = read_json(folder / "config.json")
+        tags = ["hf_ae", "autoencoder", config.get("model_type", "").removeprefix("hf_ae_")]
+        front = dict(license="apache-2.0", library_name="transformers", tags=tags)
+        front |= dict(model_name=name, eval_results=eval_results(metrics)) if metrics else {}
+        sections = [summary(config, dataset), *picture_section(folder), use_section(name)]
+        sections += [results_section(metrics)] if metrics else []
+    if license := front_matter(old).get("license"):
+        front["license"] = license
+    if dataset and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", dataset) and not Path(dataset).exists():
+        front["datasets"] = [dataset]
     if recipe:
-        sections.append(training_section(recipe))
-    sections.append(notes.group(0).strip() if notes else "")
+        sections.append(training_section(recipe, "train_latent_diffusion" if is_pipeline else "train"))
+    if notes:
+        sections.append(notes.group(0).strip())
     path = folder / "README.md"
-    path.write_text(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(s for s in sections if s) + "\n")
+    path.write_text(f"---\n{ModelCardData(**front).to_yaml()}\n---\n\n" + "\n\n".join([f"# {name}", *sections]) + "\n")
     return path
+
+
+def front_matter(card: str) -> dict:
+    """The fields at the top of a card, {} where there are none."""
+    found = re.match(r"---\n(.*?)\n---\n", card, re.S)
+    try:
+        fields = yaml.safe_load(found.group(1)) if found else None
+    except yaml.YAMLError:
+        fields = None
+    return fields if isinstance(fields, dict) else {}
 
 
 def summary(config: dict, dataset: str | None) -> str:
@@ -93,6 +108,7 @@ def summary(config: dict, dataset: str | None) -> str:
 def picture_section(folder: Path) -> list[str]:
     captions = {
         "reconstructions.png": "Held-out images and what becomes of them",
+        "samples.png": "Pictures drawn from prompts",
         "latent_plane.png": "The latent plane: codes of held-out images, and what the decoder draws all over it",
     }
     return [f"![{text}]({name})" for name, text in captions.items() if (folder / name).is_file()]
@@ -133,9 +149,66 @@ def results_section(metrics: dict) -> str:
     return text + "\n\nPrinted by\n\n```\n" + metrics["command"] + "\n```"
 
 
-def training_section(recipe: dict) -> str:
+def pipeline_summary(dataset: str | None) -> str:
+    trained = f", trained on `{dataset}`" if dataset else ""
     return (
-        "## Training\n\n```\naccelerate launch -m hf_ae.train recipe.yaml\n```\n\n```yaml\n"
+        f"A latent-diffusion pipeline that draws pictures from prompts{trained}: a U-Net turns noise into a code, "
+        "guided by the text, and the decoder of an autoencoder turns the code into a picture. "
+        "Made with hf_ae: every autoencoder as a Hugging Face model."
+    )
+
+
+def pipeline_use_section(name: str) -> str:
+    return f"""## Use
+
+```python
+from hf_ae.pipelines import TextToImagePipeline
+
+repo = "{name}"  # this folder, or its id on the Hub
+pipe = TextToImagePipeline.from_pretrained(repo)
+pipe("a slice of pizza").images[0].save("pizza.png")
+```
+
+Without hf_ae, `diffusers` runs the code that the repository carries:
+
+```python
+from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained(repo, trust_remote_code=True)
+```
+
+On the command line: `hf-ae generate "a slice of pizza" --model {name} -o pizza.png`"""
+
+
+def components_section(folder: Path) -> str:
+    """A table of a pipeline's components; sizes are those of the stored tensors."""
+    rows = []
+    for name, (library, class_name) in components(folder).items():
+        tensors = [t for path in (folder / name).glob("*.safetensors") for t in load_file(path).values()]
+        count, dtypes = sum(t.numel() for t in tensors), {str(t.dtype).removeprefix("torch.") for t in tensors}
+        source = "hf_ae" if library.startswith("modeling_hf_ae_") else library
+        rows.append(f"| `{name}` | {source} `{class_name}` | {f'{count:,}' if tensors else ''} | {', '.join(sorted(dtypes))} |")
+    return "## Components\n\n| | class | parameters | stored as |\n| --- | --- | ---: | --- |\n" + "\n".join(rows)
+
+
+def figures_section(metrics: dict) -> str:
+    """A table of all that metrics.json holds."""
+
+    def rows(values: dict, prefix: str = ""):
+        for key, value in values.items():
+            title = f"{prefix}{key.replace('_', ' ')}"
+            if isinstance(value, dict):
+                yield from rows(value, f"{title}: ")
+            elif key != "command":
+                yield f"| {title} | {f'{value:.4g}' if isinstance(value, float) else value} |"
+
+    text = "## Results\n\n| | |\n| --- | ---: |\n" + "\n".join(rows(metrics))
+    return text + (f"\n\nPrinted by\n\n```\n{metrics['command']}\n```" if "command" in metrics else "")
+
+
+def training_section(recipe: dict, script: str) -> str:
+    return (
+        f"## Training\n\n```\naccelerate launch -m hf_ae.{script} recipe.yaml\n```\n\n```yaml\n"
         + yaml.safe_dump(recipe, sort_keys=False)
         + "```"
     )
@@ -162,36 +235,51 @@ def eval_results(metrics: dict) -> list[EvalResult]:
 
 
 def refresh(folder):
-    """Bring the code beside a checkpoint, and its card, up to this version of the package. The weights stay."""
+    """Bring the code beside a checkpoint or in a pipeline, and the card, up to this version of the package. The weights stay."""
     from transformers.dynamic_module_utils import get_relative_import_files
 
     folder, package = Path(folder), Path(__file__).parent
-    used: set[str] = set()
-    for name in ("config.json", "preprocessor_config.json"):
-        for target in read_json(folder / name)["auto_map"].values():
-            entry = package / f"{target.split('.')[0]}.py"
-            used |= {entry.name, *(Path(p).name for p in get_relative_import_files(str(entry)))}
-    for path in folder.glob("*.py"):
-        path.unlink()
-    for name in used:
-        (folder / name).write_text((package / name).read_text())
+    if (folder / "model_index.json").is_file():
+        write_code(folder)
+    else:
+        used: set[str] = set()
+        for name in ("config.json", "preprocessor_config.json"):
+            for target in read_json(folder / name)["auto_map"].values():
+                entry = package / f"{target.split('.')[0]}.py"
+                used |= {entry.name, *(Path(p).name for p in get_relative_import_files(str(entry)))}
+        for path in folder.glob("*.py"):
+            path.unlink()
+        for name in used:
+            (folder / name).write_text((package / name).read_text())
     write_card(folder)
 
 
 def check_folder(folder) -> list[str]:
-    """The files of a model folder to upload. Raises ValueError where something is missing, broken or does not belong."""
+    """The files of a model or pipeline folder to upload. Raises ValueError where something is missing, broken or does not belong.
+
+    What save_pipeline would write of code into a pipeline folder, and is not there, is written.
+    """
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"{folder} is no folder.")
+    is_pipeline = (folder / "model_index.json").is_file()
+    needed = (
+        [*(f"{name}/" for name in components(folder)), "README.md"]
+        if is_pipeline
+        else ["config.json", "preprocessor_config.json", "README.md"]
+    )
+    if missing := [name for name in needed if not (folder / name).exists()]:
+        raise ValueError(f"{folder} lacks {', '.join(missing)}.")
+    if is_pipeline and not has_code(folder):
+        write_code(folder)
+    parts = components(folder) if is_pipeline else {"": ("transformers", "AutoModel")}
     files = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
     files = [f for f in files if not RUN_FILES.match(f)]
-    stray = [f for f in files if not (WEIGHTS.fullmatch(f) or ALLOWED.fullmatch(f))]
+    inside = rf"({'|'.join(parts)})/{COMPONENT_FILES}" if is_pipeline else WEIGHTS
+    stray = [f for f in files if not re.fullmatch(rf"{ALLOWED}|{inside}", f)]
     if stray:
         raise ValueError(f"{folder} holds files that do not belong in a model repository: {', '.join(stray[:5])}. Remove them first.")
-    missing = [f for f in ("config.json", "preprocessor_config.json", "README.md") if f not in files]
-    if missing:
-        raise ValueError(f"{folder} lacks {', '.join(missing)}.")
-    check_card(folder / "README.md")
+    check_card(folder / "README.md", ["tags"] if is_pipeline else ["license", "tags"])
     named = [
         v.split(".")[0] for f in ("config.json", "preprocessor_config.json") for v in read_json(folder / f).get("auto_map", {}).values()
     ]
@@ -200,27 +288,32 @@ def check_folder(folder) -> list[str]:
     absent = sorted({f"{name}.py" for name in named} - set(files))
     if absent:
         raise ValueError(f"{folder} lacks remote code that its files need: {', '.join(absent)}. Save the model again with save_pretrained.")
-    check_weights(folder)
+    for name, (library, class_name) in parts.items():
+        check_loads(folder / name, library, class_name)
     return files
 
 
-def check_card(path: Path):
-    """Raise ValueError unless the card has front matter with a licence and tags, and text."""
-    front = re.match(r"---\n(.*?)\n---\n(.*)", path.read_text(), re.S)
-    fields = yaml.safe_load(front.group(1)) if front else None
-    lacking = [k for k in ("license", "tags") if not (isinstance(fields, dict) and fields.get(k))]
-    if lacking or not front or not front.group(2).strip():
+def check_card(path: Path, needed: list[str]):
+    """Raise ValueError unless the card has front matter with the `needed` fields, and text."""
+    text = path.read_text()
+    lacking = [k for k in needed if not front_matter(text).get(k)]
+    if lacking or not re.sub(r"\A---\n.*?\n---\n", "", text, flags=re.S).strip():
         raise ValueError(f"The card {path} is not complete: {', '.join(lacking) or 'text'} is missing from it.")
 
 
-def check_weights(folder: Path):
-    """Raise ValueError unless the folder loads as a model, every weight from the file."""
+def check_loads(folder: Path, library: str, class_name: str):
+    """Raise ValueError unless the folder loads as that class, a model with every weight from the file."""
+    import torch
     from transformers import AutoModel
 
     try:
-        _, info = AutoModel.from_pretrained(folder, output_loading_info=True)
+        ours = library.startswith("modeling_hf_ae_")
+        cls = AutoModel if ours else getattr(importlib.import_module(library), class_name)
+        is_model = cls is AutoModel or issubclass(cls, torch.nn.Module)
+        loaded = cls.from_pretrained(folder, **({"output_loading_info": True} if is_model else {}))
     except Exception as error:
         raise ValueError(f"The model in {folder} does not load: {first_line(error)}") from None
+    info = loaded[1] if is_model else {}
     problems = [
         f"{kind.replace('_', ' ')} {sorted(map(str, info[kind]))[0]}"
         for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
@@ -231,7 +324,7 @@ def check_weights(folder: Path):
 
 
 def push_folder(folder, repo: str, private: bool = False, dry_run: bool = False) -> str:
-    """Check a model folder and upload it to the Hub repository `repo` in one commit; returns the repository's address.
+    """Check a model or pipeline folder and upload it to the Hub repository `repo` in one commit; returns the repository's address.
 
     Nothing is uploaded when the check fails (ValueError) or with `dry_run`; nothing is committed when nothing changed.
     """

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
+import itertools
 import os
-import shutil
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-import yaml
-from accelerate import Accelerator
 from accelerate.utils import set_seed
 from tqdm.auto import tqdm
-from transformers.utils import logging
 
 import hf_ae
+from hf_ae.arguments import (
+    TrainingArguments,
+    check_output_dir,
+    find_checkpoint,
+    flag,
+    one_line_errors,
+    parse_arguments,
+    parse_overrides,
+    write_recipe,
+)
 from hf_ae.data import (
     ImagesInMemory,
     ImageStream,
@@ -34,27 +38,7 @@ from hf_ae.data import (
 from hf_ae.hub import check_login, push_folder, write_card
 from hf_ae.plots import labelled_rows
 from hf_ae.pretraining import pretrain_layerwise
-from hf_ae.training import (
-    FiniteGuard,
-    NonFiniteLossError,
-    Progress,
-    Run,
-    TrainingArguments,
-    averaged,
-    check_output_dir,
-    checkpoints,
-    find_checkpoint,
-    flag,
-    load_checkpoint,
-    make_ema,
-    make_optimizers,
-    make_schedulers,
-    one_line_errors,
-    parse_arguments,
-    parse_overrides,
-    save_checkpoint,
-    save_model,
-)
+from hf_ae.training import Run, averaged, begin, clear_output, end, make_accelerator, optimize, save_model
 
 
 @dataclass
@@ -68,6 +52,8 @@ class ImageTrainingArguments(TrainingArguments):
     shuffle_buffer_size: int = flag(1000, "Encoded images to draw from when streaming.")
     skip_broken_images: bool = flag(False, "Leave out images that cannot be read, instead of stopping.")
     random_flip: bool = flag(False, "Mirror half of the images.")
+    random_symmetry: bool = flag(False, "Turn and mirror images: one of the eight symmetries of the square for each (square images).")
+    random_colors: bool = flag(False, "Shuffle the colour channels of two images in three.")
     random_shift: int = flag(0, "Move each image by up to so many pixels.")
     binarize: bool = flag(False, "Draw each pixel as 0 or 1: anew in training, once for evaluation.")
     pretrain_layerwise_epochs: int = flag(0, "First train each layer of an mlp as a shallow autoencoder, so many epochs each.")
@@ -90,121 +76,33 @@ def train(args: ImageTrainingArguments):
         clear_output(output, everything=args.overwrite_output_dir and resume_from is None)
     if getattr(model.config, "objective", None) == "total_correlation" and not args.streaming:
         model.config.dataset_size = model.config.dataset_size or len(images)
-    run = start(args, accelerator, model, images, resume_from)
-    try:
-        loop(args, run, images, held_out, output)
-    except NonFiniteLossError as error:
-        good = next(reversed(checkpoints(output)), None)
-        advice = f"The last good checkpoint is {good}." if good else "No checkpoint was written before."
-        raise NonFiniteLossError(f"{error} {advice} Try a lower --learning_rate or --max_grad_norm 1.0.") from None
-    finish(args, run, processor, output)
-
-
-def start(args, accelerator, model, images, resume_from: Path | None) -> Run:
-    """The model, its optimizers, schedules and moving average, new or as a checkpoint left them."""
     model.to(accelerator.device)
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     if args.pretrain_layerwise_epochs and resume_from is None:
         pretrain_layerwise(model, images, args, accelerator.device, accelerator.print)
-    optimizers, ema = make_optimizers(model, args), make_ema(model, args)
-    steps = args.max_train_steps
-    if steps is None:
-        batches = images.num_batches(args.train_batch_size, accelerator.num_processes)
-        steps = max(1, args.num_train_epochs * batches // args.gradient_accumulation_steps)
-    schedulers = make_schedulers(optimizers, args, steps)
-    model = accelerator.prepare(model)
-    if accelerator.scaler is not None:  # fp16 alone needs accelerate's wrapper, which costs a small model 5% of its time
-        optimizers = [accelerator.prepare_optimizer(optimizer) for optimizer in optimizers]
-    data = {name: getattr(args, name) for name in ("train_batch_size", "gradient_accumulation_steps", "seed", "streaming")}
-    data["images"] = None if args.streaming else len(images)
-    run = Run(accelerator, model, optimizers, schedulers, ema, Progress(), steps, data)
-    set_seed(args.seed, device_specific=True)
-    if resume_from is not None:
-        load_checkpoint(run, resume_from)
-        accelerator.print(f"Going on from {resume_from.name}.")
-    if args.report_to != "none":
-        accelerator.init_trackers("hf_ae", config=trackable(args))
-    return run
+    batches = 0 if args.streaming else images.num_batches(args.train_batch_size, accelerator.num_processes)
+    data = {"streaming": args.streaming, "images": None if args.streaming else len(images)}
+    run = begin(args, accelerator, model, batches, data, resume_from)
+    loop(args, run, images, held_out, output)
+    if args.streaming and images.decode.skipped:
+        accelerator.print(f"Skipped {images.decode.skipped} images of the stream that cannot be read, repeats included.")
+    finish(args, run, processor, output, images)
 
 
 def loop(args, run: Run, images, held_out, output: Path):
-    """Epochs of steps, with reports, checkpoints and validation in between."""
-    accelerator, model, progress = run.accelerator, run.model, run.progress
-    config = run.bare_model.config
-    share = dict(seed=args.seed, rank=accelerator.process_index, processes=accelerator.num_processes)
-    changes = dict(flip=args.random_flip, shift=args.random_shift, binarize=args.binarize)
-    parameters, guard, clock = list(model.parameters()), FiniteGuard(accelerator.device), Clock()
-    bar = tqdm(total=run.total_steps, initial=progress.step, disable=not accelerator.is_main_process, mininterval=1.0, desc="training")
-    model.train()
-    with bar:
-        while progress.step < run.total_steps:
-            for pixels in images.batches(args.train_batch_size, progress.epoch, start=progress.batch, **share):
-                with accelerator.accumulate(model):
-                    result = model(to_pixel_values(pixels, accelerator.device, config.pixel_range, **changes))
-                    accelerator.backward(result.loss)
-                    if accelerator.sync_gradients:
-                        if args.max_grad_norm is not None:
-                            accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
-                        for optimizer in run.optimizers:
-                            optimizer.step()
-                            optimizer.zero_grad()
-                progress.batch += 1
-                clock.saw(len(pixels) * accelerator.num_processes)
-                guard.watch(progress.step + 1, result.loss, result.losses)
-                if not accelerator.sync_gradients:
-                    continue
-                for scheduler in run.schedulers:
-                    scheduler.step()
-                if run.ema is not None:
-                    run.ema.step(parameters)
-                progress.step += 1
-                bar.update()
-                if progress.step % args.logging_steps == 0:
-                    report(args, run, bar, result)
-                if args.checkpointing_steps and progress.step % args.checkpointing_steps == 0:
-                    guard.check()
-                    save_checkpoint(run, output, args.checkpoints_total_limit)
-                if progress.step >= run.total_steps:
-                    break
-            else:
-                progress.epoch, progress.batch = progress.epoch + 1, 0
-            due = args.validation_epochs and progress.epoch % args.validation_epochs == 0
-            if held_out is not None and (due or progress.step >= run.total_steps):
-                with clock.paused():
-                    validate(args, run, held_out, output)
-        guard.check()
-    accelerator.print(clock.summary())
-    if args.streaming and images.decode.skipped:
-        accelerator.print(f"Skipped {images.decode.skipped} images of the stream that cannot be read, repeats included.")
+    """Epochs of batches through the model."""
+    device, pixel_range = run.accelerator.device, run.bare_model.config.pixel_range
+    changes = dict(flip=args.random_flip, symmetry=args.random_symmetry, colors=args.random_colors)
+    changes |= dict(shift=args.random_shift, binarize=args.binarize)
 
+    def forward(pixels):
+        return run.model(to_pixel_values(pixels, device, pixel_range, **changes))
 
-class Clock:
-    """Counts images and the time that training took, without validation."""
+    def measure():
+        validate(args, run, held_out, output)
 
-    def __init__(self):
-        self.begun, self.images, self.first = time.perf_counter(), 0, None
-
-    def saw(self, images: int):
-        self.images += images
-        if self.first is None:  # the first step also compiles and allocates
-            self.first = (time.perf_counter(), self.images)
-
-    @contextlib.contextmanager
-    def paused(self):
-        stopped = time.perf_counter()
-        yield
-        pause = time.perf_counter() - stopped
-        self.begun += pause
-        if self.first is not None:
-            self.first = (self.first[0] + pause, self.first[1])
-
-    def summary(self) -> str:
-        if self.first is None:
-            return "Nothing was left to train."
-        now = time.perf_counter()
-        rate = (self.images - self.first[1]) / max(now - self.first[0], 1e-9)
-        return f"Trained on {self.images:,} images in {now - self.begun:.1f} s ({rate:,.0f} images/s after the first step)."
+    optimize(args, run, images.batches, forward, None if held_out is None else measure, output)
 
 
 def make_model(args):
@@ -213,7 +111,10 @@ def make_model(args):
         raise ValueError(f"model_type={args.model_type!r} is not known: write one of {', '.join(hf_ae.MODELS)}.")
     set_seed(args.seed)
     cls = hf_ae.MODELS[args.model_type]
-    return cls(cls.config_class(**parse_overrides(args.config_overrides)))
+    config = cls.config_class(**parse_overrides(args.config_overrides))
+    if args.random_symmetry and config.image_hw[0] != config.image_hw[1]:
+        raise ValueError(f"random_symmetry turns images by 90°, so image_size={config.image_size} must be square: use random_flip.")
+    return cls(config)
 
 
 def check_request(args, output: Path) -> Path | None:
@@ -226,29 +127,6 @@ def check_request(args, output: Path) -> Path | None:
         check_login()
     check_output_dir(output, args.overwrite_output_dir, args.resume_from_checkpoint is not None)
     return find_checkpoint(args.resume_from_checkpoint, output)
-
-
-def clear_output(output: Path, everything: bool):
-    """Mark the folder as a run's; remove what an earlier run left there if it is to be replaced."""
-    (output / ".hf_ae_run").touch()
-    for cut_off in output.glob(".partial-checkpoint-*"):
-        shutil.rmtree(cut_off, ignore_errors=True)
-    for old in [*checkpoints(output), output / "samples"] if everything else []:
-        shutil.rmtree(old, ignore_errors=True)
-
-
-def make_accelerator(args, output: Path) -> Accelerator:
-    """The accelerator, with the tracker that `args.report_to` names."""
-    logging.disable_progress_bar()
-    accelerator = Accelerator(
-        mixed_precision=args.mixed_precision,
-        gradient_accumulation_steps=args.gradient_accumulation_steps,
-        log_with=None if args.report_to == "none" else args.report_to,
-        project_dir=output / "logs",
-    )
-    if args.report_to != "none" and not accelerator.log_with:
-        raise ValueError(f"report_to={args.report_to!r} needs that tracker: pip install {args.report_to}")
-    return accelerator
 
 
 def load_images(args, processor, quiet: bool):
@@ -272,16 +150,6 @@ def load_images(args, processor, quiet: bool):
     held_out = pick_split(parts, name)
     pixels = ImagesInMemory.load(held_out, column, processor, args.skip_broken_images, args.max_eval_samples, progress).pixels
     return images, binarized_once(pixels) if args.binarize else pixels
-
-
-def report(args, run: Run, bar, output):
-    """Loss terms to the progress bar and the tracker."""
-    terms = {name: float(term.detach()) for name, term in output.losses.items()}
-    bar.set_postfix(loss=f"{float(output.loss.detach()):.4g}", refresh=False)
-    if args.report_to != "none":
-        terms = {f"train/{name}": value for name, value in terms.items()}
-        rate = run.schedulers[0].get_last_lr()[0]
-        run.accelerator.log({"train/loss": float(output.loss.detach()), "learning_rate": rate, **terms}, step=run.progress.step)
 
 
 @torch.no_grad()
@@ -329,7 +197,17 @@ def draw_samples(model, values: torch.Tensor) -> dict[str, torch.Tensor]:
     return {name: (pixels - low) / (high - low) for name, pixels in rows.items()}
 
 
-def finish(args, run: Run, processor, output: Path):
+@torch.no_grad()
+def latent_scale(model, images, most: int = 1024) -> float:
+    """1 / standard deviation of the latents of up to `most` training images: a VAE's `scaling_factor`."""
+    batches, latents = images.batches(min(64, most), epoch=0), []
+    for pixels in itertools.islice(batches, most // 64):
+        values = to_pixel_values(pixels, model.device, model.config.pixel_range)
+        latents.append(model.eval().encode(values).latents)
+    return round(1 / torch.cat(latents).std().clamp(min=1e-6).item(), 6)
+
+
+def finish(args, run: Run, processor, output: Path, images):
     """Save the final model as a complete model repository, and push it where that is asked."""
     accelerator, model = run.accelerator, run.bare_model
     accelerator.wait_for_everyone()
@@ -338,6 +216,8 @@ def finish(args, run: Run, processor, output: Path):
             run.ema.copy_to(model.parameters())
         for measured in ("metrics.json", "reconstructions.png", "latent_plane.png"):  # of earlier weights
             (output / measured).unlink(missing_ok=True)
+        if hasattr(model.config, "kl_weight") and model.config.latent_channels is not None:
+            model.config.scaling_factor = latent_scale(model, images)
         save_model(model, output, args.save_dtype)
         processor.save_pretrained(output)
         write_recipe(args, output / "recipe.yaml")
@@ -347,34 +227,7 @@ def finish(args, run: Run, processor, output: Path):
         if args.push_to_hub:
             repo = args.hub_model_id or output.resolve().name
             accelerator.print(f"Pushed to {push_folder(output, repo, args.hub_private)}")
-    run.model = model
-    accelerator.free_memory()  # gloo can hang when the wrapper of several processes outlives the process group
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
-
-
-def write_recipe(args, path: Path):
-    """The flags that differ from their defaults, as a recipe that trains the same model again."""
-    machine = {
-        "output_dir",
-        "overwrite_output_dir",
-        "resume_from_checkpoint",
-        "push_to_hub",
-        "hub_model_id",
-        "hub_private",
-        "report_to",
-    }
-    kept = {}
-    for field in dataclasses.fields(args):
-        value = getattr(args, field.name)
-        if field.name not in machine and (value != field.default or field.name == "model_type"):
-            kept[field.name] = value
-    path.write_text(yaml.safe_dump(kept, sort_keys=False))
-
-
-def trackable(args) -> dict:
-    """Arguments as trackers take them."""
-    return {k: str(v) if isinstance(v, dict) else v for k, v in dataclasses.asdict(args).items() if v is not None}
+    end(run)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the training scripts share: flags and recipes, optimizers, checkpoints and exact resume, guards."""
+"""What the training scripts share: optimizers, steps, checkpoints and exact resume, guards."""
 
 from __future__ import annotations
 
@@ -7,219 +7,114 @@ import dataclasses
 import json
 import math
 import os
-import re
 import shutil
-import sys
-from dataclasses import dataclass, field
+import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
+from accelerate import Accelerator
+from accelerate.utils import set_seed
 from safetensors.torch import load_file, save_file
-from transformers import HfArgumentParser, get_scheduler
+from tqdm.auto import tqdm
+from transformers import get_scheduler
+from transformers.utils import logging
+
+from .arguments import TrainingArguments, checkpoints, trackable
 
 STATE_FORMAT = 1
-SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial", "inverse_sqrt")
-CHOICES = {
-    "lr_scheduler": SCHEDULES,
-    "optimizer": ("adamw", "muon"),
-    "mixed_precision": (None, "no", "bf16", "fp16"),
-    "report_to": ("none", "tensorboard", "trackio", "wandb"),
-    "save_dtype": ("float32", "float16", "bfloat16"),
-}
-AT_LEAST = {
-    "train_batch_size": 1, "num_train_epochs": 1, "max_train_steps": 1, "gradient_accumulation_steps": 1, "logging_steps": 1,
-    "checkpointing_steps": 1, "checkpoints_total_limit": 1, "max_train_samples": 1, "max_eval_samples": 1, "validation_epochs": 0,
-    "lr_warmup_steps": 0, "learning_rate": 0, "weight_decay": 0, "ema_decay": 0, "max_grad_norm": 0, "seed": 0,
-}  # fmt: skip
-"""Smallest value of a number among the flags."""
-
-
-def flag(default, text: str):
-    """A dataclass field that is a command-line flag with this help text."""
-    return field(default=default, metadata={"help": text.replace("%", "%%")})
-
-
-@dataclass
-class TrainingArguments:
-    """Flags of every training script; a recipe (YAML) holds the same keys and a flag overrides it."""
-
-    dataset_name: str | None = flag(None, "Hub id of a dataset, or a local folder that load_dataset reads.")
-    dataset_config_name: str | None = flag(None, "Configuration of the dataset, where it has several.")
-    train_split: str = flag("train", "Split to train on.")
-    eval_split: str | None = flag(None, "Split to measure on after each epoch; default: test or validation, where there is one.")
-    max_train_samples: int | None = flag(None, "Use only the first of the training images.")
-    max_eval_samples: int | None = flag(2000, "Use only the first of the evaluation images during training.")
-    output_dir: str = flag("outputs", "Folder for the trained model, its checkpoints and samples.")
-    overwrite_output_dir: bool = flag(False, "Train anew into a folder that holds an earlier run: its files are replaced.")
-    train_batch_size: int = flag(128, "Images a process takes in each step.")
-    num_train_epochs: int = flag(10, "Passes over the training images.")
-    max_train_steps: int | None = flag(None, "Optimizer steps; overrides num_train_epochs.")
-    learning_rate: float = flag(1e-3, "Highest learning rate.")
-    lr_scheduler: str = flag("cosine", f"One of {', '.join(SCHEDULES)}.")
-    lr_warmup_steps: int = flag(0, "Steps over which the learning rate rises from 0.")
-    optimizer: str = flag("adamw", "adamw, or muon (Muon for weight matrices, AdamW for the rest).")
-    weight_decay: float = flag(0.0, "Decoupled weight decay.")
-    gradient_accumulation_steps: int = flag(1, "Batches whose gradients are added up for one optimizer step.")
-    max_grad_norm: float | None = flag(None, "Clip gradients to this norm.")
-    mixed_precision: str | None = flag(None, "no, bf16 or fp16; default: what accelerate launch says.")
-    gradient_checkpointing: bool = flag(False, "Compute activations again in the backward pass, to save memory.")
-    use_ema: bool = flag(False, "Keep a moving average of the weights, evaluate it and publish it.")
-    ema_decay: float = flag(0.999, "Decay of the moving average.")
-    checkpointing_steps: int | None = flag(None, "Save a checkpoint every so many steps.")
-    checkpoints_total_limit: int | None = flag(2, "Keep only the newest checkpoints.")
-    resume_from_checkpoint: str | None = flag(None, "Path of a checkpoint, or 'latest' in output_dir.")
-    validation_epochs: int = flag(1, "Measure and draw samples every so many epochs; 0: never.")
-    logging_steps: int = flag(50, "Report the loss every so many steps.")
-    report_to: str = flag("none", "tensorboard, trackio, wandb, or none.")
-    seed: int = flag(0, "Seed of initial weights, order of the data and noise.")
-    save_dtype: str = flag("float32", "Storage of the final weights: float32, float16 or bfloat16. They load as float32.")
-    push_to_hub: bool = flag(False, "Upload the final folder, with its card.")
-    hub_model_id: str | None = flag(None, "Repository to push to; default: the folder's name in your namespace.")
-    hub_private: bool = flag(False, "Make the repository private when it is created.")
-
-    def __post_init__(self):
-        for name, accepted in CHOICES.items():
-            if getattr(self, name) not in accepted:
-                listed = ", ".join(str(a) for a in accepted if a is not None)
-                raise ValueError(f"{name}={getattr(self, name)!r} is not known: write one of {listed}.")
-        for name, least in AT_LEAST.items():
-            value = getattr(self, name)
-            kinds = (int, float) if name in ("learning_rate", "weight_decay", "ema_decay", "max_grad_norm") else int
-            if value is not None and (not isinstance(value, kinds) or isinstance(value, bool) or not value >= least):
-                what = "a number" if kinds is not int else "a whole number"
-                raise ValueError(f"{name}={value!r} must be {what} of at least {least}.")
 
 
 class NonFiniteLossError(ValueError):
     """The loss became NaN or infinite."""
 
 
-@contextlib.contextmanager
-def one_line_errors():
-    """End the program with one line and exit code 2 on an error that the user can cause."""
-    try:
-        yield
-    except (ValueError, FileNotFoundError, PermissionError, NotADirectoryError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
-    except ModuleNotFoundError as error:
-        print(f"error: {error.name} is not installed: pip install 'hf_ae[eval]' {error.name}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        sys.exit(130)
+# The run
 
 
-# Flags and recipes
+@dataclass
+class Progress:
+    """Where a run is: optimizer steps done, and the next batch."""
+
+    step: int = 0
+    epoch: int = 0
+    batch: int = 0
 
 
-def parse_arguments(cls, argv: list[str]):
-    """`[RECIPE.yaml] [--flag value …]` -> an instance of the dataclass `cls`. Raises ValueError for an unknown key."""
+@dataclass
+class Run:
+    """What a training script moves forward, and a checkpoint holds."""
 
-    class Parser(HfArgumentParser):
-        def error(self, message):
-            raise ValueError(f"{message[0].upper()}{message[1:]}. See --help.")
+    accelerator: Any
+    model: Any
+    optimizers: list
+    schedulers: list
+    ema: Any
+    progress: Progress
+    total_steps: int
+    data: dict
+    """What fixes the order of the data: a checkpoint can only go on with the same."""
 
-    parser = Parser(cls, description=(cls.__doc__ or "").strip(), allow_abbrev=False)
-    parser.add_argument("recipe", nargs="?", help="YAML file with the same keys; flags override it")
-    known, rest = parser.parse_known_args(argv)
-    if unknown := [word for word in rest if word.startswith("-")]:
-        parser.error(f"unknown flag {unknown[0]}")
-    recipe = known.recipe
-    if recipe:
-        parser.set_defaults(**read_recipe(Path(recipe), {f.name for f in dataclasses.fields(cls)}))
-    values = vars(parser.parse_args(argv))
-    values.pop("recipe")
-    return cls(**values)
-
-
-def read_recipe(path: Path, known: set[str]) -> dict:
-    """Keys and values of a recipe file."""
-    if not path.is_file():
-        raise ValueError(f"The recipe {path} does not exist.")
-    try:
-        recipe = yaml.safe_load(path.read_text()) or {}
-    except yaml.YAMLError as error:
-        raise ValueError(f"The recipe {path} is not valid YAML: {error}") from None
-    if not isinstance(recipe, dict) or set(recipe) - known:
-        unknown = ", ".join(sorted(set(recipe) - known)) if isinstance(recipe, dict) else "no keys"
-        raise ValueError(f"The recipe {path} holds keys that are no flags: {unknown}. See --help.")
-    return recipe
+    @property
+    def bare_model(self):
+        """The model without the wrappers of several processes and of torch.compile."""
+        return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
 
 
-def parse_overrides(text: str | dict | None) -> dict:
-    """`"latent_dim=16,hidden_sizes=[512, 256]"` (or a mapping, in a recipe) -> fields of a configuration."""
-    if not text:
-        return {}
-    if isinstance(text, dict):
-        return {name: _number(value) for name, value in text.items()}
-    fields = {}
-    for part in re.split(r",(?![^\[]*\])", text):
-        name, equals, value = part.partition("=")
-        if not equals:
-            raise ValueError(f"config_overrides: {part.strip()!r} has no '='; write name=value,name=[1, 2].")
-        fields[name.strip()] = _number(yaml.safe_load(value))
-    return fields
+def clear_output(output: Path, everything: bool):
+    """Mark the folder as a run's; remove what an earlier run left there if it is to be replaced."""
+    (output / ".hf_ae_run").touch()
+    for cut_off in output.glob(".partial-checkpoint-*"):
+        shutil.rmtree(cut_off, ignore_errors=True)
+    for old in [*checkpoints(output), output / "samples"] if everything else []:
+        shutil.rmtree(old, ignore_errors=True)
 
 
-def _number(value):
-    """YAML reads 1e-6 as a string; people mean the number."""
-    return float(value) if isinstance(value, str) and re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+", value) else value
-
-
-# Where results go
-
-
-def check_output_dir(folder: Path, overwrite: bool, resume: bool):
-    """Raise ValueError unless `folder` is new, holds only a recipe, or is ours and may be replaced or continued."""
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"The output folder {folder} is a file.")
-    inside = {p.name for p in folder.iterdir() if not p.name.startswith(".writable-")} if folder.exists() else set()
-    started = bool(inside - {"recipe.yaml", ".hf_ae_run", "logs"})
-    ours = not started or is_run(folder)
-    if not ours:
-        raise ValueError(f"The output folder {folder} holds files that are not ours ({sorted(inside)[0]}, …): choose another --output_dir.")
-    if resume and (folder / "model.safetensors").exists() and not (checkpoints(folder) or overwrite):
-        raise ValueError(f"The run in {folder} is finished and has no checkpoint to go on from: add --overwrite_output_dir to train anew.")
-    if started and not (overwrite or resume):
-        raise ValueError(
-            f"The output folder {folder} holds an earlier run: continue it with --resume_from_checkpoint latest, replace it "
-            "with --overwrite_output_dir, or choose another --output_dir."
-        )
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".writable-{os.getpid()}"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise ValueError(f"The output folder {folder} cannot be written: {error.strerror}.") from None
-
-
-def is_run(folder: Path) -> bool:
-    """Whether `folder` holds a model of this family or checkpoints of a run."""
-    try:
-        config = json.loads((folder / "config.json").read_text())
-        return str(config.get("model_type", "")).startswith("hf_ae_")
-    except (OSError, ValueError):
-        return any(folder.glob("checkpoint-*/training_state.json")) or (folder / ".hf_ae_run").exists()
+def make_accelerator(args, output: Path) -> Accelerator:
+    """The accelerator, with the tracker that `args.report_to` names."""
+    logging.disable_progress_bar()
+    accelerator = Accelerator(
+        mixed_precision=args.mixed_precision,
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        log_with=None if args.report_to == "none" else args.report_to,
+        project_dir=output / "logs",
+    )
+    if args.report_to != "none" and not accelerator.log_with:
+        raise ValueError(f"report_to={args.report_to!r} needs that tracker: pip install {args.report_to}")
+    return accelerator
 
 
 # Optimizers
 
 
+class KernelMuon(torch.optim.Muon):
+    """Muon (Jordan et al. 2024) that also takes convolution kernels, each as a matrix: outputs × everything else."""
+
+    def __init__(self, weights, lr: float, weight_decay: float):
+        super().__init__([w.detach().view(len(w), -1) for w in weights], lr, weight_decay, adjust_lr_fn="match_rms_adamw")
+        self.param_groups[0]["params"] = list(weights)  # Muon itself accepts matrices alone
+
+    def _init_group(self, group, params_with_grad, grads, muon_momentum_bufs):
+        for weight in group["params"]:
+            self.state[weight].setdefault("momentum_buffer", torch.zeros_like(weight))
+        complex_weights = super()._init_group(group, params_with_grad, grads, muon_momentum_bufs)
+        for tensors in (params_with_grad, muon_momentum_bufs):
+            tensors[:] = [t.view(len(t), -1) for t in tensors]
+        grads[:] = [g.reshape(len(g), -1) for g in grads]
+        return complex_weights
+
+
 def make_optimizers(model, args: TrainingArguments) -> list[torch.optim.Optimizer]:
-    """AdamW, or Muon (Jordan et al. 2024) for weight matrices with AdamW for everything else."""
+    """AdamW, or Muon for the weights of layers (not embeddings) with AdamW for everything else."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     fused = parameters[0].device.type in ("cpu", "cuda")
     if args.optimizer == "adamw":
         return [torch.optim.AdamW(parameters, args.learning_rate, weight_decay=args.weight_decay, fused=fused)]
-    matrices = [p for p in parameters if p.ndim == 2]
-    rest = [p for p in parameters if p.ndim != 2]
-    if not matrices:
-        raise ValueError("optimizer='muon' needs weight matrices, and this network has none: write adamw.")
-    muon = torch.optim.Muon(matrices, args.learning_rate, weight_decay=args.weight_decay, adjust_lr_fn="match_rms_adamw")
+    tables = {m.weight for m in model.modules() if isinstance(m, torch.nn.Embedding)}
+    matrices = [p for p in parameters if p.ndim >= 2 and p not in tables]
+    rest = [p for p in parameters if p.ndim < 2 or p in tables]
+    muon = KernelMuon(matrices, args.learning_rate, args.weight_decay)
     return [muon, torch.optim.AdamW(rest, args.learning_rate, weight_decay=0.0, fused=fused)] if rest else [muon]
 
 
@@ -279,57 +174,140 @@ class FiniteGuard:
                 raise NonFiniteLossError(f"At step {step} the loss is {value}: the term {' and '.join(terms) or 'sum'} is not finite.")
 
 
+# Steps
+
+
+class Clock:
+    """Counts images and the time that training took, without validation."""
+
+    def __init__(self):
+        self.begun, self.images, self.first = time.perf_counter(), 0, None
+
+    def saw(self, images: int):
+        self.images += images
+        if self.first is None:  # the first step also compiles and allocates
+            self.first = (time.perf_counter(), self.images)
+
+    @contextlib.contextmanager
+    def paused(self):
+        stopped = time.perf_counter()
+        yield
+        pause = time.perf_counter() - stopped
+        self.begun += pause
+        if self.first is not None:
+            self.first = (self.first[0] + pause, self.first[1])
+
+    def summary(self) -> str:
+        if self.first is None:
+            return "Nothing was left to train."
+        now = time.perf_counter()
+        rate = (self.images - self.first[1]) / max(now - self.first[0], 1e-9)
+        return f"Trained on {self.images:,} images in {now - self.begun:.1f} s ({rate:,.0f} images/s after the first step)."
+
+
+def report(args, run: Run, bar, output):
+    """Loss terms to the progress bar and the tracker."""
+    terms = {name: float(term.detach()) for name, term in output.losses.items()}
+    bar.set_postfix(loss=f"{float(output.loss.detach()):.4g}", refresh=False)
+    if args.report_to != "none":
+        terms = {f"train/{name}": value for name, value in terms.items()}
+        rate = run.schedulers[0].get_last_lr()[0]
+        run.accelerator.log({"train/loss": float(output.loss.detach()), "learning_rate": rate, **terms}, step=run.progress.step)
+
+
+def begin(args: TrainingArguments, accelerator, model, batches: int, data: dict, resume_from: Path | None) -> Run:
+    """The model with its optimizers, schedules and moving average, new or as a checkpoint left them.
+
+    `batches` an epoch fix the length of the run, unless `args.max_train_steps` does. `data` is compared on resume.
+    """
+    optimizers, ema = make_optimizers(model, args), make_ema(model, args)
+    steps = args.max_train_steps or max(1, args.num_train_epochs * batches // args.gradient_accumulation_steps)
+    schedulers = make_schedulers(optimizers, args, steps)
+    model = accelerator.prepare(model)
+    if accelerator.scaler is not None:  # fp16 alone needs accelerate's wrapper, which costs a small model 5% of its time
+        optimizers = [accelerator.prepare_optimizer(optimizer) for optimizer in optimizers]
+    data = {name: getattr(args, name) for name in ("train_batch_size", "gradient_accumulation_steps", "seed")} | data
+    run = Run(accelerator, model, optimizers, schedulers, ema, Progress(), steps, data)
+    set_seed(args.seed, device_specific=True)
+    if resume_from is not None:
+        load_checkpoint(run, resume_from)
+        accelerator.print(f"Going on from {resume_from.name}.")
+    if args.report_to != "none":
+        accelerator.init_trackers("hf_ae", config=trackable(args))
+    return run
+
+
+def optimize(args: TrainingArguments, run: Run, batches, forward, validate, output: Path):
+    """Epochs of steps, with reports, checkpoints and validation in between.
+
+    `batches(batch_size, epoch, seed, start, rank, processes)` yields an epoch's batches, `forward(batch)` gives `.loss`
+    and `.losses`, `validate()` (or None) measures.
+    """
+    try:
+        with_guards(args, run, batches, forward, validate, output)
+    except NonFiniteLossError as error:
+        good = next(reversed(checkpoints(output)), None)
+        advice = f"The last good checkpoint is {good}." if good else "No checkpoint was written before."
+        raise NonFiniteLossError(f"{error} {advice} Try a lower --learning_rate or --max_grad_norm 1.0.") from None
+
+
+def with_guards(args, run, batches, forward, validate, output):
+    """What `optimize` does, as long as the loss is finite."""
+    accelerator, progress = run.accelerator, run.progress
+    share = dict(seed=args.seed, rank=accelerator.process_index, processes=accelerator.num_processes)
+    parameters, guard, clock = list(run.model.parameters()), FiniteGuard(accelerator.device), Clock()
+    bar = tqdm(total=run.total_steps, initial=progress.step, disable=not accelerator.is_main_process, mininterval=1.0, desc="training")
+    run.model.train()
+    with bar:
+        while progress.step < run.total_steps:
+            for batch in batches(args.train_batch_size, progress.epoch, start=progress.batch, **share):
+                with accelerator.accumulate(run.model):
+                    result = forward(batch)
+                    accelerator.backward(result.loss)
+                    if accelerator.sync_gradients:
+                        if args.max_grad_norm is not None:
+                            accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
+                        for optimizer in run.optimizers:
+                            optimizer.step()
+                            optimizer.zero_grad()
+                progress.batch += 1
+                clock.saw(len(batch) * accelerator.num_processes)
+                guard.watch(progress.step + 1, result.loss, result.losses)
+                if not accelerator.sync_gradients:
+                    continue
+                for scheduler in run.schedulers:
+                    scheduler.step()
+                if run.ema is not None:
+                    run.ema.step(parameters)
+                progress.step += 1
+                bar.update()
+                if progress.step % args.logging_steps == 0:
+                    report(args, run, bar, result)
+                if args.checkpointing_steps and progress.step % args.checkpointing_steps == 0:
+                    guard.check()
+                    save_checkpoint(run, output, args.checkpoints_total_limit)
+                if progress.step >= run.total_steps:
+                    break
+            else:
+                progress.epoch, progress.batch = progress.epoch + 1, 0
+            due = args.validation_epochs and progress.epoch % args.validation_epochs == 0
+            if validate is not None and (due or progress.step >= run.total_steps):
+                with clock.paused():
+                    validate()
+        guard.check()
+    accelerator.print(clock.summary())
+
+
+def end(run: Run):
+    """Close trackers and the process group."""
+    accelerator = run.accelerator
+    run.model = run.bare_model
+    accelerator.free_memory()  # gloo can hang when the wrapper of several processes outlives the process group
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+
+
 # Checkpoints
-
-
-@dataclass
-class Progress:
-    """Where a run is: optimizer steps done, and the next batch."""
-
-    step: int = 0
-    epoch: int = 0
-    batch: int = 0
-
-
-@dataclass
-class Run:
-    """What a training script moves forward, and a checkpoint holds."""
-
-    accelerator: Any
-    model: Any
-    optimizers: list
-    schedulers: list
-    ema: Any
-    progress: Progress
-    total_steps: int
-    data: dict
-    """What fixes the order of the data: a checkpoint can only go on with the same."""
-
-    @property
-    def bare_model(self):
-        """The model without the wrappers of several processes and of torch.compile."""
-        return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-
-
-def checkpoints(folder: Path) -> list[Path]:
-    """Complete checkpoints in `folder`, oldest step first."""
-    found = [p for p in folder.glob("checkpoint-*") if (p / "training_state.json").is_file()]
-    return sorted(found, key=lambda p: int(p.name.split("-")[1]))
-
-
-def find_checkpoint(wanted: str | None, folder: Path) -> Path | None:
-    """The checkpoint to go on from: a path, or the newest ('latest'; None where there is none yet)."""
-    if wanted is None:
-        return None
-    newest = next(reversed(checkpoints(folder)), None)
-    if wanted == "latest":
-        return newest
-    path = Path(wanted)
-    if newest is not None and path.resolve().parent == folder.resolve() and path.name != newest.name:
-        raise ValueError(f"{folder} holds the newer {newest.name}: go on from that, or move it away first.")
-    if not (path / "training_state.json").is_file():
-        raise ValueError(f"{path} is no checkpoint: training_state.json is missing. Write 'latest' or a folder checkpoint-STEP.")
-    return path
 
 
 def save_checkpoint(run: Run, folder: Path, limit: int | None):

@@ -210,9 +210,9 @@ def client_history(repo_id, wrong):
 # The tests' side
 
 
-def run_client(server, home, *steps, token=None, **env):
+def run_client(server, home, *steps, token=None, helpers=(), **env):
     """Run `(client_…, its arguments)` one after the other in one process, away from the checkout -> their results."""
-    functions = [outputs, error_of, *(function for function, _ in steps)]
+    functions = [outputs, error_of, *helpers, *(function for function, _ in steps)]
     calls = [(function.__name__, arguments) for function, arguments in steps]
     run = "results = [globals()[name](**arguments) for name, arguments in json.loads(sys.argv[1])]"
     lines = ["import json\nimport sys", *map(inspect.getsource, functions), run, "print('\\n' + json.dumps(results))"]

@@ -14,9 +14,11 @@ from transformers import AutoImageProcessor, AutoModel
 
 import hf_ae
 from hf_ae.hub import check_folder
+from hf_ae.pipeline_folder import code_files
 
 ROOT = Path(__file__).resolve().parent.parent
 CARDS = sorted(p for p in (ROOT / "model_cards").iterdir() if (p / "config.json").is_file())
+PIPELINES = sorted(p.parent for p in ROOT.glob("model_cards/*/model_index.json"))
 
 
 @pytest.mark.parametrize("folder", CARDS, ids=lambda p: p.name)
@@ -28,6 +30,15 @@ def test_shipped_checkpoint_is_complete_small_and_carries_the_code_of_this_check
         assert (folder / name).read_text() == (ROOT / "hf_ae" / name).read_text(), f"{name}: run make cards"
     config = json.loads((folder / "config.json").read_text())
     assert set(v.split(".")[0] + ".py" for v in config["auto_map"].values()) <= set(files)
+
+
+@pytest.mark.parametrize("folder", PIPELINES, ids=lambda p: p.name)
+def test_shipped_pipeline_is_complete_small_and_carries_the_code_of_this_checkout(folder):
+    files = check_folder(folder)
+    assert {"recipe.yaml", "metrics.json", "pipeline.py"} <= set(files)
+    assert sum((folder / name).stat().st_size for name in files) <= 60_000_000
+    for name, text in code_files(folder).items():
+        assert (folder / name).read_text() == text, f"{name}: run make cards"
 
 
 @pytest.mark.parametrize("folder", [p for p in CARDS if p.name.startswith("fashion")], ids=lambda p: p.name)
@@ -51,7 +62,7 @@ def test_wheel_holds_only_the_package(tmp_path):
     )
     names = zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist()
     assert {n.split("/")[0] for n in names} <= {"hf_ae", f"hf_ae-{hf_ae.__version__}.dist-info"}
-    assert "hf_ae/py.typed" in names and "hf_ae/configuration.py" in names
+    assert {"hf_ae/py.typed", "hf_ae/configuration.py", "hf_ae/pipelines/text_to_image.py"} <= set(names)
 
 
 def test_importing_costs_little_more_than_torch_and_transformers():

@@ -15,8 +15,8 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModel
 
+from hf_ae.arguments import checkpoints, parse_overrides
 from hf_ae.train import main, train
-from hf_ae.training import checkpoints, parse_overrides
 
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
 FLAGS = [

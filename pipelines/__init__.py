@@ -1,0 +1,5 @@
+"""Custom diffusers pipelines, one file each: installed as `hf_ae.pipelines`, uploaded as a model repo's `pipeline.py`."""
+
+from .text_to_image import Preview, TextToImageOutput, TextToImagePipeline
+
+__all__ = ["Preview", "TextToImageOutput", "TextToImagePipeline"]

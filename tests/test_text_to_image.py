@@ -1,0 +1,582 @@
+"""TextToImagePipeline against stock StableDiffusionPipeline, and what it promises beyond it. Tiny random models, no network."""
+
+import ast
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL, StableDiffusionImg2ImgPipeline, StableDiffusionPipeline, UNet2DConditionModel
+from hub_server import OWNER, HubServer
+from PIL import Image
+from transformers import BertConfig, BertModel, BertTokenizer, CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel
+
+import hf_ae
+import hf_ae.pipelines.text_to_image as module
+from hf_ae.pipelines import Preview, TextToImagePipeline
+
+TOKENS, SIDE, SCALE, CHANNELS = 12, 16, 2, 4
+"""Tokens of a text; pixels of a side; pixels to a latent position; latent channels."""
+PROMPT = "a red cat"
+SCHEDULERS = {
+    "ddim": ("DDIMScheduler", {}),
+    "ddpm": ("DDPMScheduler", {}),
+    "dpm++": ("DPMSolverMultistepScheduler", {}),
+    "sde-dpm++": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
+    "singlestep": ("DPMSolverSinglestepScheduler", {}),
+    "euler": ("EulerDiscreteScheduler", {}),
+    "ancestral": ("EulerAncestralDiscreteScheduler", {}),
+    "heun": ("HeunDiscreteScheduler", {}),
+    "kdpm2": ("KDPM2DiscreteScheduler", {}),
+    "lcm": ("LCMScheduler", {}),
+    "pndm": ("PNDMScheduler", {"skip_prk_steps": True}),
+    "unipc": ("UniPCMultistepScheduler", {}),
+    "tcd": ("TCDScheduler", {}),
+    "deis": ("DEISMultistepScheduler", {}),
+}
+
+
+def scheduler(name="ddim"):
+    kind, options = SCHEDULERS[name][0], dict(SCHEDULERS[name][1])
+    options |= {"clip_sample": False} if name in ("ddim", "ddpm") else {}
+    options |= {} if name == "singlestep" else {"steps_offset": 1}
+    return getattr(diffusers, kind)(beta_schedule="scaled_linear", **options)
+
+
+def unet(**fields):
+    torch.manual_seed(0)
+    defaults = dict(
+        sample_size=SIDE // SCALE, in_channels=CHANNELS, out_channels=CHANNELS, block_out_channels=(8, 16), layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=16, attention_head_dim=4, norm_num_groups=4,
+    )  # fmt: skip
+    return UNet2DConditionModel(**{**defaults, **fields})
+
+
+def autoencoder_kl():
+    torch.manual_seed(1)
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2, block_out_channels=(8, 8),
+        layers_per_block=1, latent_channels=CHANNELS, norm_num_groups=4, sample_size=SIDE, scaling_factor=0.5,
+    )  # fmt: skip
+
+
+def vae_of_hf_ae(pixel_range=(-1.0, 1.0)):
+    torch.manual_seed(1)
+    fields = dict(network="resnet", image_size=SIDE, num_channels=3, hidden_sizes=[8, 8], latent_channels=CHANNELS)
+    fields |= dict(pixel_range=list(pixel_range), reconstruction_loss="l1", kl_weight=1e-6, scaling_factor=0.7)
+    return hf_ae.VAEModel(hf_ae.VAEConfig(**fields)).eval()
+
+
+def clip():
+    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
+    tokens = ["<|startoftext|>", "<|endoftext|>", *letters, *(letter + "</w>" for letter in letters)]
+    tokenizer = CLIPTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=[], model_max_length=TOKENS)
+    size = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
+    torch.manual_seed(2)
+    config = CLIPTextConfig(vocab_size=len(tokens), max_position_embeddings=TOKENS, bos_token_id=0, eos_token_id=1, pad_token_id=1, **size)
+    return CLIPTextModel(config), tokenizer
+
+
+def bert(**fields):
+    words = "[PAD] [UNK] [CLS] [SEP] [MASK] a red blue cat dog on the mat with hat and tie".split()
+    tokenizer = BertTokenizer(vocab={word: i for i, word in enumerate(words)}, model_max_length=TOKENS)
+    size = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
+    torch.manual_seed(2)
+    return BertModel(BertConfig(vocab_size=len(words), max_position_embeddings=TOKENS, **size, **fields)).eval(), tokenizer
+
+
+class Brightness(torch.nn.Module):
+    """A discriminator that finds bright pictures real; its logits are a map, as PatchGAN's are."""
+
+    def forward(self, pixels):
+        assert pixels.min() >= -1 and pixels.max() <= 1 and pixels.min() < 0
+        return torch.nn.functional.avg_pool2d(pixels.mean(1, keepdim=True), 4)
+
+
+class LightDecoder(torch.nn.Module):
+    """Decodes to twice the size in one layer, into [-1, 1]."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Conv2d(CHANNELS, 3, 1)
+
+    def decode(self, z):
+        return type("Decoded", (), {"sample": torch.nn.functional.interpolate(self.layer(z), scale_factor=SCALE).tanh()})
+
+
+def components(text=clip, vae=autoencoder_kl, noise="ddim"):
+    encoder, tokenizer = text()
+    return dict(vae=vae().eval(), text_encoder=encoder.eval(), tokenizer=tokenizer, unet=unet().eval(), scheduler=scheduler(noise))
+
+
+def pipeline(text=clip, vae=autoencoder_kl, noise="ddim", **extra):
+    pipe = TextToImagePipeline(**components(text, vae, noise), default_num_inference_steps=3, **extra)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def stock(kind=StableDiffusionPipeline, **parts):
+    pipe = kind(**parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def noise(count=1, seed=0):
+    return torch.randn(count, CHANNELS, SIDE // SCALE, SIDE // SCALE, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture
+def pipe():
+    return pipeline()
+
+
+@pytest.fixture
+def warnings(monkeypatch):
+    """The pipeline's warnings."""
+    said = []
+    monkeypatch.setattr(module.logger, "warning", said.append)
+    return said
+
+
+# Against stock Stable Diffusion
+
+
+@pytest.mark.parametrize("text", [clip, lambda: bert(use_attention_mask=True)], ids=["clip", "bert"])
+@pytest.mark.parametrize("name", ["ddim", "dpm++", "euler", "pndm", "heun", "lcm"])
+def test_draws_what_stock_stable_diffusion_draws(name, text):
+    parts = components(text, noise=name)
+    call = dict(num_inference_steps=4, guidance_scale=5.0, num_images_per_prompt=2, guidance_rescale=0.5, output_type="np")
+    prompts, negatives = [PROMPT, "the dog"], ["a hat", "a mat"]
+    if name == "lcm":  # draws noise on its way
+        call |= dict(generator=[torch.Generator().manual_seed(i) for i in range(4)])
+    expected = stock(**parts)(prompts, negative_prompt=negatives, latents=noise(4), **call).images
+    if name == "lcm":
+        call |= dict(generator=[torch.Generator().manual_seed(i) for i in range(4)])
+    images = TextToImagePipeline(**parts)(prompts, negatives, latents=noise(4), **call).images
+    np.testing.assert_allclose(images, expected, atol=2e-6)
+    assert images.std() > 0.01
+
+
+@pytest.mark.parametrize("name", ["ddim", "dpm++", "euler", "heun"])
+def test_image_to_image_draws_what_stock_draws(name):
+    parts = components(vae=vae_of_hf_ae, noise=name)
+    parts["vae"].encode = encode_mode(parts["vae"])
+    picture = torch.rand(1, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(3))
+    call = dict(image=picture, strength=0.6, num_inference_steps=5, guidance_scale=4.0, output_type="np")
+    expected = stock(StableDiffusionImg2ImgPipeline, **parts)(PROMPT, generator=torch.Generator().manual_seed(5), **call).images
+    images = TextToImagePipeline(**parts)(PROMPT, generator=torch.Generator().manual_seed(5), **call).images
+    np.testing.assert_allclose(images, expected, atol=2e-6)
+
+
+def encode_mode(vae):
+    """Stock samples the posterior; with its mode instead the two can be compared."""
+    encode = vae.encode
+
+    def wrapped(x, **options):
+        encoded = encode(x, **options)
+        encoded.latent_dist.sample = lambda generator=None: encoded.latent_dist.mode()
+        return encoded
+
+    return wrapped
+
+
+def test_stock_stable_diffusion_runs_with_our_vae():
+    parts = components(vae=vae_of_hf_ae)
+    expected = stock(**parts)(PROMPT, latents=noise(), num_inference_steps=2, output_type="np").images
+    images = TextToImagePipeline(**parts)(PROMPT, latents=noise(), num_inference_steps=2, output_type="np").images
+    np.testing.assert_allclose(images, expected, atol=2e-6)
+
+
+def test_loads_a_stable_diffusion_folder_unchanged(tmp_path, warnings):
+    parts = components(noise="pndm")
+    stock(**parts).save_pretrained(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    index |= {"requires_safety_checker": True, "safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"]}
+    (tmp_path / "model_index.json").write_text(json.dumps(index))  # with the checker that it has on the Hub
+    loaded, call = TextToImagePipeline.from_pretrained(tmp_path), dict(num_inference_steps=2, seed=1, output_type="np")
+    loaded.set_progress_bar_config(disable=True)
+    assert len(warnings) == 1 and "safety_checker is not run" in warnings[0]
+    expected = stock(**parts)(PROMPT, generator=torch.Generator().manual_seed(1), num_inference_steps=2, output_type="np").images
+    np.testing.assert_allclose(loaded(PROMPT, **call).images, expected, atol=2e-6)
+
+
+# Loading and saving
+
+
+def ship(pipe, folder, remote=True):
+    """Save as our repos are: the pipeline's and the VAE's code beside the weights."""
+    pipe.save_pretrained(folder)
+    if remote:
+        index = json.loads((folder / "model_index.json").read_text())
+        index |= {"_class_name": ["pipeline", "TextToImagePipeline"], "vae": ["modeling_hf_ae_vae", "VAEModel"]}
+        (folder / "model_index.json").write_text(json.dumps(index))
+        (folder / "pipeline.py").write_text(Path(module.__file__).read_text())
+        (folder / "vae" / "modeling_hf_ae_vae.py").write_text("raise RuntimeError('the code of the repo was run')")
+    return folder
+
+
+@pytest.mark.parametrize("remote", [True, False], ids=["remote-code", "plain"])
+def test_own_repo_loads_without_running_its_code(tmp_path, remote):
+    pipe = pipeline(vae=vae_of_hf_ae, default_guidance_scale=3.0)
+    loaded = TextToImagePipeline.from_pretrained(ship(pipe, tmp_path, remote), dtype=torch.float32)
+    loaded.set_progress_bar_config(disable=True)
+    assert type(loaded) is TextToImagePipeline and type(loaded.vae) is hf_ae.VAEModel
+    assert (loaded.config.default_num_inference_steps, loaded.config.default_guidance_scale) == (3, 3.0)
+    np.testing.assert_array_equal(loaded(PROMPT, seed=0, output_type="np").images, pipe(PROMPT, seed=0, output_type="np").images)
+    other = TextToImagePipeline.from_pretrained(tmp_path, vae=autoencoder_kl(), dtype=torch.bfloat16)
+    assert isinstance(other.vae, AutoencoderKL) and other.unet.dtype == torch.bfloat16
+
+
+def test_a_model_type_that_nobody_registered_is_named(tmp_path):
+    ship(pipeline(vae=vae_of_hf_ae), tmp_path)
+    path = tmp_path / "vae" / "config.json"
+    path.write_text(path.read_text().replace("hf_ae_vae", "unheard_of"))
+    with pytest.raises(ValueError, match="vae is a 'unheard_of' model.*import"):
+        TextToImagePipeline.from_pretrained(tmp_path)
+
+
+def test_from_the_hub_only_what_is_needed_travels(tmp_path):
+    folder = ship(pipeline(vae=vae_of_hf_ae), tmp_path / "repo")
+    for name in ("unet/diffusion_pytorch_model.fp16.safetensors", "unet/diffusion_pytorch_model.bin", "unet/model.onnx", "safety/x.json"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(b"not needed")
+    code = """if True:
+        import sys, huggingface_hub
+        from hf_ae.pipelines import TextToImagePipeline
+        api = huggingface_hub.HfApi()
+        api.create_repo("me/drawer")
+        api.upload_folder(repo_id="me/drawer", folder_path=sys.argv[1])
+        pipe = TextToImagePipeline.from_pretrained("me/drawer")
+        pipe.set_progress_bar_config(disable=True)
+        print(type(pipe.vae).__name__, pipe("a cat", num_inference_steps=1, seed=0).images[0].size, pipe.name_or_path)
+        again = TextToImagePipeline.from_pretrained("me/drawer", local_files_only=True)
+    """
+    with HubServer() as server:
+        env = server.client_env(tmp_path / "home", OWNER, OMP_NUM_THREADS="1")
+        done = subprocess.run([sys.executable, "-c", code, str(folder)], env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        fetched = {re.sub(r".*/resolve/\w+/", "", line) for line in server.requests if line.startswith("GET") and "/resolve/" in line}
+    assert done.stdout.split() == ["VAEModel", "(16,", "16)", "me/drawer"]
+    expected = {"model_index.json", "unet/config.json", "unet/diffusion_pytorch_model.safetensors", "vae/model.safetensors"}
+    assert expected <= fetched and not [name for name in fetched if re.search(r"\.(py|bin|onnx)$|fp16|safety", name)]
+
+
+def test_this_file_needs_nothing_of_the_project():
+    tree = ast.parse(Path(module.__file__).read_text())
+    imported = {node.module if isinstance(node, ast.ImportFrom) else node.names[0].name for node in ast.walk(tree)
+                if isinstance(node, (ast.Import, ast.ImportFrom))}  # fmt: skip
+    outside = {name.split(".")[0] for name in imported} - sys.stdlib_module_names
+    assert outside == {"torch", "transformers", "diffusers", "huggingface_hub", "numpy", "PIL"}
+
+
+def test_takes_over_the_parts_of_a_stock_pipeline():
+    parts = components()
+    pipe = TextToImagePipeline(**stock(**parts).components)
+    assert pipe.unet is parts["unet"] and TextToImagePipeline.from_pipe(stock(**parts)).vae is parts["vae"]
+
+
+# Seeds, candidates, image to image
+
+
+@pytest.mark.parametrize("name", ["ddim", "ancestral"])
+def test_same_seed_same_picture_in_a_batch_or_alone(name):
+    pipe = pipeline(noise=name)
+    batch = pipe([PROMPT, "the dog"], seed=7, num_images_per_prompt=2, output_type="np").images
+    for i, prompt in enumerate([PROMPT, PROMPT, "the dog", "the dog"]):
+        np.testing.assert_allclose(pipe(prompt, seed=7 + i, output_type="np").images[0], batch[i], atol=2e-6)
+    np.testing.assert_allclose(pipe([PROMPT] * 2, seed=[8, 7], output_type="np").images, batch[[1, 0]], atol=2e-6)
+    assert np.abs(batch[0] - batch[1]).max() > 0.01
+    torch.manual_seed(0)
+    first, second = pipe(PROMPT, output_type="np").images, pipe(PROMPT, output_type="np").images
+    assert np.abs(first - second).max() > 0.01
+
+
+def test_the_best_candidate_is_kept():
+    pipe = pipeline(discriminator=Brightness())
+    stride = module.CANDIDATE_STRIDE
+    best = pipe([PROMPT, "the dog"], seed=3, num_candidates=3, output_type="pt")
+    for i, prompt in enumerate([PROMPT, "the dog"]):
+        images = torch.cat([pipe(prompt, seed=3 + i + j * stride, output_type="pt").images for j in range(3)])
+        scores = images.mul(2).sub(1).mean(dim=(1, 2, 3))
+        assert best.scores[i] == pytest.approx(scores.max().item(), abs=1e-6)
+        torch.testing.assert_close(best.images[i], images[scores.argmax()], atol=2e-6, rtol=0)
+    latents = pipe([PROMPT, "the dog"], seed=3, num_candidates=3, output_type="latent").images
+    torch.testing.assert_close(pipe.vae.decode(latents / 0.5).sample / 2 + 0.5, best.images, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["ddim", "pndm", "heun"])
+@pytest.mark.parametrize("span", [(-1.0, 1.0), (0.0, 1.0)])
+def test_strength_zero_is_the_round_trip_of_the_vae(name, span):
+    pipe = pipeline(vae=lambda: vae_of_hf_ae(span), noise=name)
+    pixels = torch.rand(2, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(1))
+    low, high = span
+    with torch.no_grad():
+        code = pipe.vae.encode(pixels * (high - low) + low).latent_dist.mode()
+        expected = ((pipe.vae.decode(code).sample - low) / (high - low)).clamp(0, 1)
+    images = pipe([PROMPT] * 2, image=pixels, strength=0, output_type="pt").images
+    assert torch.equal(images, expected)
+    assert images.std() > 0.01
+
+
+def test_pictures_of_every_kind_are_read_alike_and_resized():
+    pipe, generator = pipeline(), np.random.default_rng(0)
+    picture = Image.fromarray(generator.integers(0, 256, (SIDE, SIDE + 2, 3), dtype=np.uint8))
+    array = np.asarray(picture, dtype=np.float32) / 255
+    call = dict(seed=1, strength=0.5, output_type="np")
+    expected = pipe(PROMPT, image=picture, **call).images
+    assert expected.shape == (1, SIDE, SIDE + 2, 3)
+    for image in (array, np.asarray(picture), torch.tensor(array).permute(2, 0, 1), [picture], array[None]):
+        np.testing.assert_allclose(pipe(PROMPT, image=image, **call).images, expected, atol=2e-6)
+    assert pipe(PROMPT, image=picture, height=8, width=12, seed=1).images[0].size == (12, 8)
+    clear = Image.new("RGBA", (SIDE, SIDE), (0, 0, 0, 0))
+    white = Image.new("RGB", (SIDE, SIDE), "white")
+    np.testing.assert_array_equal(pipe(PROMPT, image=clear, **call).images, pipe(PROMPT, image=white, **call).images)
+
+
+# What happens on the way
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_every_scheduler_draws_and_streams_the_picture_of_the_call(name):
+    pipe, call = pipeline(noise=name, vae=vae_of_hf_ae), dict(seed=2, num_inference_steps=5, output_type="np")
+    *previews, last = pipe.stream(PROMPT, **call)
+    np.testing.assert_array_equal(last.images, pipe(PROMPT, **call).images)
+    assert np.isfinite(last.images).all() and last.images.std() > 0.01
+    assert [p.step for p in previews] == list(range(1, len(previews) + 1)) and previews[0].num_steps == len(previews) >= 5
+    assert all(isinstance(p, Preview) and p.images.shape == (1, SIDE, SIDE, 3) for p in previews)
+    if name not in ("pndm", "tcd", "deis", "sde-dpm++", "heun", "kdpm2"):  # at the last step the estimate is the picture
+        np.testing.assert_allclose(previews[-1].images, last.images, atol=0.02)
+    assert np.isfinite(pipe(PROMPT, image=last.images, strength=0.5, **call).images).all()
+
+
+def test_previews_come_from_the_light_decoder():
+    pipe = pipeline(image_decoder=LightDecoder())
+    *previews, last = pipe.stream(PROMPT, seed=0, output_type="pt")
+    codes = [p.images / 0.5 for p in pipe.stream(PROMPT, seed=0, output_type="latent") if isinstance(p, Preview)]
+    for preview, code in zip(previews, codes, strict=True):
+        torch.testing.assert_close(preview.images, pipe.image_decoder.decode(code).sample / 2 + 0.5)
+    torch.testing.assert_close(last.images, pipe(PROMPT, seed=0, output_type="pt").images)
+    assert [p.images[0].size for p in pipe.stream(PROMPT, num_inference_steps=1, height=8)][0] == (SIDE, 8)
+
+
+def test_guidance_interval(pipe):
+    sizes = []
+    pipe.unet.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
+    call = dict(seed=0, num_inference_steps=5, output_type="np")
+    plain = pipe(PROMPT, guidance_scale=1, **call).images
+    np.testing.assert_array_equal(pipe(PROMPT, guidance_interval=(0, 0), **call).images, plain)
+    assert sizes == [1] * 10
+    sizes.clear()
+    some = pipe(PROMPT, guidance_interval=(0.2, 0.8), **call).images
+    assert sizes == [1, 2, 2, 2, 1]
+    everywhere = pipe(PROMPT, **call).images
+    assert not np.allclose(some, plain, atol=1e-3) and not np.allclose(some, everywhere, atol=1e-4)
+
+
+def test_callbacks_see_and_replace_the_latents_and_stop(pipe):
+    seen, call = [], dict(seed=0, num_inference_steps=4, output_type="latent")
+
+    def look(pipe, step, timestep, tensors):
+        seen.append((step, int(timestep), tensors["latents"]))
+
+    def replace(pipe, step, timestep, tensors):
+        return {"latents": noise(seed=9) if step == 3 else tensors["latents"]}
+
+    def stop(pipe, step, timestep, tensors):
+        pipe.interrupt = step == 1
+        return tensors
+
+    plain = pipe(PROMPT, callback_on_step_end=look, **call).images
+    assert [s for s, *_ in seen] == [0, 1, 2, 3] and [t for _, t, _ in seen] == pipe.scheduler.timesteps.tolist()
+    assert torch.equal(seen[-1][2], plain)
+    assert torch.equal(pipe(PROMPT, callback_on_step_end=replace, **call).images, noise(seed=9))
+    assert torch.equal(pipe(PROMPT, callback_on_step_end=stop, **call).images, seen[1][2]) and pipe.interrupt
+    assert torch.equal(pipe(PROMPT, **call).images, plain) and not pipe.interrupt
+    stream = pipe.stream(PROMPT, **call)
+    next(stream)
+    pipe.interrupt = True
+    assert torch.equal(next(stream).images, seen[0][2])
+
+
+# Text
+
+
+def test_texts_are_encoded_once_until_something_changes(pipe):
+    calls = []
+    pipe.text_encoder.register_forward_pre_hook(lambda module, args: calls.append(args[0]))
+    first = pipe(PROMPT, seed=0, output_type="np").images
+    assert len(calls) == 2  # the prompt, and the empty negative prompt
+    assert np.array_equal(first, pipe(PROMPT, seed=0, output_type="np").images) and len(calls) == 2
+    pipe(["the dog", PROMPT], negative_prompt="a hat")
+    assert len(calls) == 4
+    with torch.no_grad():
+        pipe.text_encoder.get_input_embeddings().weight.mul_(-1.0)
+    changed = pipe(PROMPT, seed=0, output_type="np").images
+    assert len(calls) == 6 and np.abs(changed - first).max() > 1e-4
+    for i in range(70):
+        pipe(PROMPT + " " + "abcdefghij"[i // 10] + "abcdefghij"[i % 10], guidance_scale=1, num_inference_steps=1, output_type="latent")
+    assert len(pipe._texts) == module.CACHED_TEXTS
+
+
+@pytest.mark.parametrize("limit", ["tokenizer", "encoder"])
+def test_what_is_cut_off_a_prompt_is_quoted(warnings, limit):
+    pipe = pipeline(text=bert)
+    if limit == "encoder":
+        pipe.tokenizer.model_max_length = int(1e30)
+    long = "a red cat on the blue mat with the red hat and tie"
+    cut = pipe(long, seed=0, output_type="np").images
+    assert len(warnings) == 1 and "12 tokens" in warnings[0] and "'hat and tie'" in warnings[0]
+    pipe(long, seed=0)
+    assert len(warnings) == 2  # although its embedding is kept
+    np.testing.assert_array_equal(pipe(long.removesuffix(" hat and tie"), seed=0, output_type="np").images, cut)
+    assert len(warnings) == 2
+
+
+@pytest.mark.parametrize("fields, masked", [({}, True), ({"use_attention_mask": False}, False)])
+def test_padding_is_masked_except_where_the_configuration_says_otherwise(fields, masked):
+    encoder, tokenizer = bert(**fields)
+    pipe, seen = pipeline(text=lambda: (encoder, tokenizer)), []
+    pipe.unet.register_forward_pre_hook(lambda m, args, kwargs: seen.append(kwargs["encoder_hidden_states"]), with_kwargs=True)
+    pipe(PROMPT, guidance_scale=1, num_inference_steps=1)
+    tokens = tokenizer(PROMPT, padding="max_length", max_length=TOKENS, return_tensors="pt")
+    with torch.no_grad():
+        expected = encoder(tokens.input_ids, attention_mask=tokens.attention_mask if masked else None)[0]
+    torch.testing.assert_close(seen[0], expected)
+
+
+def test_t5_encoder_too():
+    torch.manual_seed(0)
+    encoder = T5EncoderModel(T5Config(vocab_size=20, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2))
+    pipe = pipeline(text=lambda: (encoder, bert()[1]))
+    assert np.isfinite(pipe(PROMPT, output_type="np").images).all()
+
+
+# Numbers and sizes
+
+
+@pytest.mark.parametrize("name", ["ddim", "dpm++", "euler", "lcm"])
+def test_bfloat16_stays_near_float32(name):
+    full, half = pipeline(vae=vae_of_hf_ae, noise=name), pipeline(vae=vae_of_hf_ae, noise=name).to(torch.bfloat16)
+    assert half.unet.dtype == half.vae.dtype == half.text_encoder.dtype == torch.bfloat16
+    call = dict(seed=0, num_inference_steps=6, guidance_scale=3.0)
+    a, b = full(PROMPT, output_type="np", **call).images, half(PROMPT, output_type="np", **call).images
+    assert 0 < np.abs(a - b).mean() < 0.02
+    assert half(PROMPT, output_type="latent", **call).images.dtype == torch.bfloat16
+    half.vae.to(torch.float32)  # as from_pretrained mixes them without dtype=
+    assert half(PROMPT, image=a, **call).images[0].size == (SIDE, SIDE)
+
+
+def test_dropout_is_off_while_drawing_and_back_on_afterwards():
+    pipe = pipeline(text=lambda: bert(hidden_dropout_prob=0.5))
+    expected = pipe(PROMPT, seed=0, output_type="np").images
+    pipe.text_encoder.train()
+    pipe.text_encoder.pooler.eval()
+    np.testing.assert_array_equal(pipe(PROMPT, "a hat", seed=0, output_type="np").images.shape, expected.shape)
+    pipe._texts.clear()
+    np.testing.assert_array_equal(pipe(PROMPT, seed=0, output_type="np").images, expected)
+    assert pipe.text_encoder.training and pipe.text_encoder.encoder.training and not pipe.text_encoder.pooler.training
+    latents = noise().requires_grad_()
+    stream = pipe.stream(PROMPT, latents=latents, output_type="pt")
+    assert not next(stream).images.requires_grad and torch.is_grad_enabled()
+
+
+def test_distilled_unets_get_the_guidance_scale_as_an_input():
+    parts = components(noise="lcm")
+    parts["unet"] = unet(time_cond_proj_dim=8).eval()
+    call = dict(num_inference_steps=2, guidance_scale=4.0, latents=noise(), output_type="np")
+    expected = stock(**parts)(PROMPT, generator=torch.Generator().manual_seed(0), **call).images
+    np.testing.assert_allclose(TextToImagePipeline(**parts)(PROMPT, seed=0, **call).images, expected, atol=2e-6)
+
+
+def test_output_types_and_defaults(pipe):
+    image = pipe(PROMPT, seed=0).images[0]
+    assert isinstance(image, Image.Image) and image.size == (SIDE, SIDE) and image.mode == "RGB"
+    array, tensor = (pipe(PROMPT, seed=0, output_type=kind).images for kind in ("np", "pt"))
+    np.testing.assert_array_equal(array, tensor.permute(0, 2, 3, 1).numpy())
+    np.testing.assert_array_equal(np.asarray(image), (array[0] * 255).round().astype(np.uint8))
+    assert pipe(PROMPT, seed=0, return_dict=False)[1] is None
+    assert pipe(PROMPT, height=8, width=20, num_images_per_prompt=2).images[1].size == (20, 8)
+    assert len(list(pipe.stream(PROMPT))) == 4  # default_num_inference_steps=3
+    pipe.scheduler = scheduler("dpm++")  # swapped as it is, or from the other's configuration
+    assert pipe(PROMPT).images[0].size == (SIDE, SIDE)
+
+
+def test_clipping_meant_for_pixels_is_turned_off(pipe, warnings):
+    expected = pipe(PROMPT, seed=0, output_type="np").images
+    pipe.scheduler = diffusers.DDIMScheduler.from_config({**pipe.scheduler.config, "clip_sample": True})
+    np.testing.assert_array_equal(pipe(PROMPT, seed=0, output_type="np").images, expected)
+    assert len(warnings) == 1 and "clip_sample" in warnings[0]
+
+
+# Bad input
+
+
+PICTURE = torch.zeros(3, SIDE, SIDE)
+BAD = {
+    "empty prompt": ({"prompt": " "}, "prompt=' ' says nothing to draw"),
+    "one empty prompt": ({"prompt": ["a cat", ""]}, "none of them empty"),
+    "no prompts": ({"prompt": []}, "says nothing to draw"),
+    "prompt is no text": ({"prompt": 3}, "prompt=3 says nothing"),
+    "negative is no text": ({"negative_prompt": 3}, "negative_prompt=3 must be a text"),
+    "negatives do not match": ({"negative_prompt": ["a", "b", "c"]}, "3 negative prompts for 1 prompts"),
+    "height": ({"height": 17}, "height=17 does not divide by 2, the VAE's scale: write height=16 or height=18"),
+    "width": ({"width": 0}, "width=0 must be a positive multiple of 2"),
+    "steps": ({"num_inference_steps": -3}, "num_inference_steps=-3 must be a whole number of at least 1"),
+    "steps no int": ({"num_inference_steps": 2.5}, "num_inference_steps=2.5 must be a whole number"),
+    "pictures": ({"num_images_per_prompt": 0}, "num_images_per_prompt=0 must be"),
+    "guidance": ({"guidance_scale": float("nan")}, "guidance_scale=nan must be a number"),
+    "rescale": ({"guidance_rescale": 2}, "guidance_rescale=2 must be a number between 0 and 1"),
+    "strength": ({"strength": 1.5, "image": PICTURE}, "strength=1.5 must be a number between 0 and 1"),
+    "interval order": ({"guidance_interval": (0.8, 0.2)}, r"guidance_interval=\(0.8, 0.2\) must be two shares"),
+    "interval length": ({"guidance_interval": 0.5}, "guidance_interval=0.5 must be two shares"),
+    "output type": ({"output_type": "jpg"}, "output_type='jpg' must be one of pil, np, pt, latent"),
+    "latents": ({"latents": torch.zeros(1, 4, 8, 7)}, r"latents must have shape \(1, 4, 8, 8\), but have \(1, 4, 8, 7\)"),
+    "latents no tensor": ({"latents": 3}, r"latents must have shape \(1, 4, 8, 8\), but have \(\)"),
+    "seed and generator": ({"seed": 1, "generator": torch.Generator()}, "seed and generator both"),
+    "seed": ({"seed": -1}, "seed=-1 must be a whole number"),
+    "seeds": ({"seed": [1, 2]}, "2 seeds for 1 pictures"),
+    "generators": ({"generator": [torch.Generator()] * 2}, "2 generators for 1 pictures"),
+    "candidates": ({"num_candidates": 2}, "num_candidates=2 needs a discriminator"),
+    "no candidates": ({"num_candidates": 0}, "num_candidates=0 must be a whole number"),
+    "image kind": ({"image": "cat.png"}, "image is a str"),
+    "no image": ({"image": []}, "holds no image"),
+    "image size": ({"image": torch.zeros(3, 15, 16)}, "the image's height 15 does not divide by 2.*write height=14 or height=16"),
+    "image sizes": ({"image": [PICTURE, PICTURE[:, 2:]]}, "images of several sizes"),
+    "image channels": ({"image": PICTURE[:1]}, r"image has shape \(1, 16, 16\)"),
+    "image range": ({"image": PICTURE - 1}, r"image has values from -1 to -1: pass values in \[0, 1\]"),
+    "images": ({"image": [PICTURE] * 2}, "2 images for 1 prompts"),
+    "callback tensors": ({"callback_on_step_end_tensor_inputs": ["noise_pred"]}, "a callback gets"),
+}
+
+
+@pytest.mark.parametrize("arguments, message", BAD.values(), ids=BAD)
+def test_bad_input_is_one_clear_line(shared_pipe, arguments, message):
+    arguments = {"prompt": PROMPT, **arguments}
+    for call in (shared_pipe, shared_pipe.stream):
+        with pytest.raises(ValueError, match=message) as caught:
+            call(**arguments)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.fixture(scope="module")
+def shared_pipe():
+    return pipeline()
+
+
+@pytest.mark.parametrize("name", ["vae", "text_encoder", "tokenizer", "unet", "scheduler"])
+def test_missing_component_is_named(name):
+    pipe = TextToImagePipeline(**{**components(), name: None})
+    with pytest.raises(ValueError, match=f"this pipeline has no {name}: load one"):
+        pipe(PROMPT)
+
+
+def test_unknown_arguments_are_named(shared_pipe):
+    for call in (shared_pipe, shared_pipe.stream):
+        with pytest.raises(TypeError, match="steps"):
+            call(PROMPT, steps=3)
