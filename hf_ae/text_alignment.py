@@ -27,7 +27,8 @@ def text_encoder_from_scratch(texts: list[str], overrides: dict, max_length: int
     tokenizer = BertTokenizerFast(tokenizer_object=pieces._tokenizer, model_max_length=max_length)
     fields = dict(hidden_size=256, num_hidden_layers=4, num_attention_heads=4, intermediate_size=1024) | overrides
     torch.manual_seed(seed)
-    text_encoder = BertModel(BertConfig(vocab_size=len(tokenizer), max_position_embeddings=max_length, **fields), add_pooling_layer=False)
+    text_encoder = BertModel(BertConfig(vocab_size=len(tokenizer), max_position_embeddings=max_length, **fields))
+    text_encoder.pooler.requires_grad_(False)  # unused, but what loads a BertModel expects it
     text_encoder.config.use_attention_mask = True
     return tokenizer, text_encoder
 

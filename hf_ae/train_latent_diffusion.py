@@ -30,8 +30,9 @@ from hf_ae.arguments import (
 )
 from hf_ae.captions import Captions, all_text_states, cached_latents, text_states, tokenize
 from hf_ae.data import image_column, num_batches, open_dataset, pick_split
-from hf_ae.hub import check_login, push_folder
+from hf_ae.hub import check_login, push_folder, write_card
 from hf_ae.latent_diffusion import LatentDiffusion, make_unet
+from hf_ae.pipeline_folder import save_pipeline
 from hf_ae.plots import image_grid
 from hf_ae.text_alignment import align_text_encoder, text_encoder_from_scratch
 from hf_ae.training import Run, averaged, begin, clear_output, end, make_accelerator, optimize
@@ -299,8 +300,6 @@ def validate(args, run: Run, captions: Captions, pipe, output: Path):
 
 def finish(args, run: Run, pipeline, output: Path):
     """Save the pipeline folder, complete with code, recipe and card, and push it where that is asked."""
-    from hf_ae.pipeline_folder import save_pipeline, write_pipeline_card
-
     accelerator = run.accelerator
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
@@ -308,7 +307,7 @@ def finish(args, run: Run, pipeline, output: Path):
             run.ema.copy_to(run.bare_model.parameters())
         save_pipeline(pipeline(), output, args.save_dtype)
         write_recipe(args, output / "recipe.yaml")
-        write_pipeline_card(output)
+        write_card(output)
         (output / ".hf_ae_run").unlink(missing_ok=True)
         accelerator.print(f'The pipeline is in {output}: try  hf-ae generate "a prompt" --model {output} -o picture.png')
         if args.push_to_hub:

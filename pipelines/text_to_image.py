@@ -15,13 +15,13 @@ from __future__ import annotations
 
 import inspect
 import json
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from numbers import Integral, Real
 from pathlib import Path
 from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -81,6 +81,9 @@ class TextToImagePipeline(DiffusionPipeline):
     model_cpu_offload_seq = "text_encoder->unet->vae"
     _optional_components = [*EXTRA, *NOT_RUN]
     _callback_tensor_inputs = ["latents"]
+    if TYPE_CHECKING:  # register_modules sets the components
+
+        def __getattr__(self, name) -> Any: ...
 
     def __init__(
         self, vae: AutoencoderKL | PreTrainedModel, text_encoder: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
@@ -93,7 +96,9 @@ class TextToImagePipeline(DiffusionPipeline):
         self.register_modules(**{name: given[name] for name in (*REQUIRED, *EXTRA, *NOT_RUN)})
         settings = ("requires_safety_checker", "default_num_inference_steps", "default_guidance_scale")
         self.register_to_config(**{name: given[name] for name in settings})
-        self._texts, self._texts_from, self._interrupt = {}, None, False
+        self._texts: dict[str, tuple[torch.Tensor, str]] = {}
+        self._texts_from: tuple | None = None
+        self._interrupt = False
         if safety_checker is not None:
             logger.warning(UNCHECKED)
 
@@ -126,7 +131,7 @@ class TextToImagePipeline(DiffusionPipeline):
     @classmethod
     def load_config(cls, *args, **kwargs):
         """model_index.json; where it names a `pipeline.py` beside it, this class stands in for that file, which is not run."""
-        loaded = super().load_config(*args, **kwargs)
+        loaded = super().load_config(*args, **kwargs)  # type: ignore[misc]
         config = loaded[0] if isinstance(loaded, tuple) else loaded
         if isinstance(config.get("_class_name"), (list, tuple)):
             config["_class_name"] = cls.__name__
@@ -142,7 +147,7 @@ class TextToImagePipeline(DiffusionPipeline):
         plain = {name: vars(self)[name] for name in EXTRA if not hasattr(vars(self)[name], "dtype")}
         vars(self).update(dict.fromkeys(plain))
         try:
-            super().to(*args, **kwargs)
+            super().to(*args, **kwargs)  # type: ignore[misc]
         finally:
             vars(self).update(plain)
         for module in filter(None, plain.values()):
@@ -152,28 +157,14 @@ class TextToImagePipeline(DiffusionPipeline):
     # What users call
 
     def __call__(
-        self,
-        prompt: str | list[str],
-        negative_prompt: str | list[str] | None = None,
-        *,
-        height: int | None = None,
-        width: int | None = None,
-        num_inference_steps: int | None = None,
-        guidance_scale: float | None = None,
-        guidance_rescale: float = 0.0,
-        guidance_interval: tuple[float, float] = (0.0, 1.0),
-        seed: int | list[int] | None = None,
-        generator: torch.Generator | list[torch.Generator] | None = None,
-        num_images_per_prompt: int = 1,
-        num_candidates: int = 1,
-        latents: torch.Tensor | None = None,
-        image=None,
-        strength: float = 0.8,
-        output_type: str = "pil",
-        return_dict: bool = True,
-        callback_on_step_end=None,
-        callback_on_step_end_tensor_inputs=("latents",),
-    ) -> TextToImageOutput | tuple:
+        self, prompt: str | list[str], negative_prompt: str | list[str] | None = None, *,
+        height: int | None = None, width: int | None = None, num_inference_steps: int | None = None,
+        guidance_scale: float | None = None, guidance_rescale: float = 0.0, guidance_interval: tuple[float, float] = (0.0, 1.0),
+        seed: int | list[int] | None = None, generator: torch.Generator | list[torch.Generator] | None = None,
+        num_images_per_prompt: int = 1, num_candidates: int = 1, latents: torch.Tensor | None = None,
+        image=None, strength: float = 0.8, output_type: str = "pil", return_dict: bool = True,
+        callback_on_step_end=None, callback_on_step_end_tensor_inputs=("latents",),
+    ) -> TextToImageOutput | tuple:  # fmt: skip
         """Draw `num_images_per_prompt` pictures of each prompt. Bad arguments raise ValueError.
 
         negative_prompt: what to move away from; one for all prompts or one for each.
@@ -242,13 +233,13 @@ class TextToImagePipeline(DiffusionPipeline):
     def _check_numbers(self, request):
         for name in ("num_inference_steps", "num_images_per_prompt", "num_candidates"):
             value = getattr(request, name)
-            require(is_whole(value) and value > 0, f"{name}={value!r} must be a whole number of at least 1.")
+            require(is_number(value, 1, kind=Integral), f"{name}={value!r} must be a whole number of at least 1.")
         require(is_number(request.guidance_scale), f"guidance_scale={request.guidance_scale!r} must be a number, 1 for no guidance.")
         for name in ("guidance_rescale", "strength"):
             value = getattr(request, name)
-            require(is_number(value) and 0 <= value <= 1, f"{name}={value!r} must be a number between 0 and 1.")
+            require(is_number(value, 0, 1), f"{name}={value!r} must be a number between 0 and 1.")
         span = request.guidance_interval
-        good = isinstance(span, (list, tuple)) and len(span) == 2 and all(map(is_number, span)) and 0 <= span[0] <= span[1] <= 1
+        good = isinstance(span, (list, tuple)) and len(span) == 2 and is_number(span[1], 0, 1) and is_number(span[0], 0, span[1])
         require(good, f"guidance_interval={span!r} must be two shares of the steps, as (0.0, 1.0) or (0.2, 0.8).")
         require(request.output_type in OUTPUT_TYPES, f"output_type={request.output_type!r} must be one of {', '.join(OUTPUT_TYPES)}.")
         tensors = request.callback_on_step_end_tensor_inputs
@@ -262,15 +253,16 @@ class TextToImagePipeline(DiffusionPipeline):
         config, scale = self.vae.config, 2 ** (len(self.vae.config.block_out_channels) - 1)
         sides, request.pixels, of_image = [request.height, request.width], None, False
         for name, side in zip(("height", "width"), sides):
-            require(side is None or (is_whole(side) and side > 0), f"{name}={side!r} must be a positive multiple of {scale}.")
+            good = side is None or is_number(side, 1, kind=Integral)
+            require(good, f"{name}={side!r} must be a multiple of {scale}: write {scale} or more.")
         if request.image is not None:
-            channels = getattr(config, "in_channels", None) or getattr(config, "num_channels", 3)
+            channels = getattr(config, "in_channels", getattr(config, "num_channels", 3))
             of_image, request.pixels = sides == [None, None], read_images(request.image, channels, sides)
             sides = request.pixels.shape[2:]
         elif None in sides:
             size = self.unet.config.sample_size
             require(size is not None, "the UNet's config has no sample_size: write height= and width=.")
-            sides = [side or scale * latent for side, latent in zip(sides, (size, size) if is_whole(size) else size)]
+            sides = [side or scale * latent for side, latent in zip(sides, (size, size) if isinstance(size, int) else size)]
         for name, side in zip(("height", "width"), sides):
             below, what = max(side // scale, 1) * scale, f"the image's {name} {side}" if of_image else f"{name}={side}"
             near = f"write {name}={below} or {name}={below + scale}"
@@ -292,9 +284,9 @@ class TextToImagePipeline(DiffusionPipeline):
                 count, request.generator = len(request.generator), list(request.generator)
                 require(count == drawn, f"{count} generators for {drawn} pictures to draw: pass one for all, or one for each.")
             return
-        seeds = torch.randint(2**31, (wanted,)).tolist() if request.seed is None else request.seed
-        seeds = range(seeds, seeds + wanted) if is_whole(seeds) else seeds
-        good = isinstance(seeds, (list, tuple, range)) and all(is_whole(seed) and 0 <= seed < 2**62 for seed in seeds)
+        seeds: Any = torch.randint(2**31, (wanted,)).tolist() if request.seed is None else request.seed
+        seeds = range(seeds, seeds + wanted) if is_number(seeds, 0, kind=Integral) else seeds
+        good = isinstance(seeds, (list, tuple, range)) and all(is_number(seed, 0, kind=Integral) for seed in seeds)
         require(good, f"seed={request.seed!r} must be a whole number of at least 0, or a list of them.")
         require(len(seeds) == wanted, f"{len(seeds)} seeds for {wanted} pictures: write one, or one for each picture.")
         own = [int(seed) + CANDIDATE_STRIDE * j for seed in seeds for j in range(request.num_candidates)]
@@ -313,7 +305,7 @@ class TextToImagePipeline(DiffusionPipeline):
             steps = self._denoise(request, latents, timesteps, text, previews)
             for step, latents, output in steps:
                 if previews:
-                    yield Preview(step, len(timesteps), self._preview(request, self._clean(output, latents)))
+                    yield Preview(step, len(timesteps), self._preview(request, output, latents))
             output = self._finish(request, latents, code)
         yield output
 
@@ -429,21 +421,21 @@ class TextToImagePipeline(DiffusionPipeline):
         scale = torch.full((len(latents),), 1000.0 * (request.guidance_scale - 1), device=latents.device)
         return get_timestep_embedding(scale, width, downscale_freq_shift=1).to(self.unet.dtype)
 
-    def _clean(self, output, latents):
-        """The clean latents as the scheduler estimates them after a step; the noisy ones where it does not."""
-        for name in ("pred_original_sample", "denoised"):
-            if getattr(output, name, None) is not None:
-                return getattr(output, name)
+    def _preview(self, request, output, latents):
+        """The clean latents as the scheduler estimates them after a step, or else the noisy ones -> what to show."""
         config, history = self.scheduler.config, getattr(self.scheduler, "model_outputs", [None])
         solves_clean = config.get("predict_x0") or str(config.get("algorithm_type")).endswith("dpmsolver++")
-        return history[-1] if solves_clean and history[-1] is not None else latents
-
-    def _preview(self, request, latents):
+        estimates = [
+            getattr(output, "pred_original_sample", None),
+            getattr(output, "denoised", None),
+            history[-1] if solves_clean else None,
+        ]
+        clean = next((estimate for estimate in estimates if estimate is not None), latents)
         if request.output_type == "latent":
-            return latents.to(self.unet.dtype)
+            return clean.to(self.unet.dtype)
         decoder = self.vae if self.image_decoder is None else self.image_decoder
         scale = getattr(getattr(decoder, "config", None), "scaling_factor", self.vae.config.scaling_factor)
-        return present(decode(decoder, latents / scale), request.output_type)
+        return present(decode(decoder, clean / scale), request.output_type)
 
     def _finish(self, request, latents, code):
         """The last latents -> the output, with the best candidate of each picture. Instead of the latents `code` is decoded."""
@@ -551,12 +543,8 @@ def dtype_of(model) -> torch.dtype:
     return next((weight.dtype for weight in model.parameters() if weight.is_floating_point()), torch.float32)
 
 
-def is_whole(value) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool)
-
-
-def is_number(value) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+def is_number(value, low=-(2**62), high=2**62, kind=Real) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool) and low <= value <= high
 
 
 def is_texts(value) -> bool:
