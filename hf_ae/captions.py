@@ -39,7 +39,7 @@ def cached_latents(vae, dataset, column: str, processor, folder: Path, accelerat
         pixels = ImagesInMemory.load(rows, column, processor).pixels
         parts = pixels.split(batch_for(pixels[0].numel(), 32))
         values = (to_pixel_values(part, vae.device, processor.pixel_range) for part in parts)
-        latents = torch.cat([vae.encode(x.to(vae.dtype)).latent_dist.mode().float().cpu() for x in values])
+        latents = torch.cat([vae.encode(x.to(vae.dtype)).latent_dist.mode().float().cpu() for x in values]).contiguous()
         partial = paths[number].with_suffix(f".{os.getpid()}")
         save_file({"latents": latents}, partial)
         os.replace(partial, paths[number])

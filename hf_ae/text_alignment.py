@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import random
+import re
+from collections import Counter
 
 import torch
 from torch import nn
@@ -15,19 +18,24 @@ from .training import make_optimizers, make_schedulers
 
 TEMPERATURE = 0.05
 BATCH = 128
+CONTRAST_WEIGHT = 0.3
+VOCABULARY = 8000
+"""Most words of a new tokenizer; others are spelled."""
 
 
 def text_encoder_from_scratch(texts: list[str], overrides: dict, max_length: int, seed: int):
-    """(tokenizer, text encoder): a WordPiece vocabulary made from `texts`, and a small BERT with random weights."""
-    from tokenizers import BertWordPieceTokenizer
+    """(tokenizer, text encoder): the commonest words and all characters of `texts`, and a small BERT with random weights."""
     from transformers import BertConfig, BertModel, BertTokenizerFast
 
-    pieces = BertWordPieceTokenizer(lowercase=True)
-    pieces.train_from_iterator(texts, vocab_size=8000, min_frequency=2, show_progress=False)
-    tokenizer = BertTokenizerFast(tokenizer_object=pieces._tokenizer, model_max_length=max_length)
+    words = Counter(word for text in texts for word in re.findall(r"\w+|[^\w\s]", text.lower()))
+    letters = sorted({letter for word in words for letter in word})
+    common = sorted(words, key=lambda word: (-words[word], word))[:VOCABULARY]
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *(f"##{letter}" for letter in letters), *common]
+    vocabulary = {piece: number for number, piece in enumerate(dict.fromkeys(pieces))}
+    tokenizer = BertTokenizerFast(vocab=vocabulary, model_max_length=max_length)
     fields = dict(hidden_size=256, num_hidden_layers=4, num_attention_heads=4, intermediate_size=1024) | overrides
     torch.manual_seed(seed)
-    text_encoder = BertModel(BertConfig(vocab_size=len(tokenizer), max_position_embeddings=max_length, **fields))
+    text_encoder = BertModel(BertConfig(vocab_size=len(vocabulary), max_position_embeddings=max_length, **fields))
     text_encoder.pooler.requires_grad_(False)  # unused, but what loads a BertModel expects it
     text_encoder.config.use_attention_mask = True
     return tokenizer, text_encoder
@@ -40,27 +48,35 @@ def mean_states(text_encoder, tokens: dict) -> torch.Tensor:
 
 
 class Alignment(nn.Module):
-    """A text encoder, a vector for every picture, and a linear map from texts to latents."""
+    """A text encoder, a vector for every picture, and a linear map from a token's state to the latents of one cell."""
 
-    def __init__(self, text_encoder, pictures: torch.Tensor, latent_size: int):
+    def __init__(self, text_encoder, pictures: torch.Tensor, cell_size: int):
         super().__init__()
         self.text_encoder, self.pictures = text_encoder, nn.Embedding.from_pretrained(pictures, freeze=False)
-        self.to_latents = nn.Linear(pictures.shape[1], latent_size)
+        self.to_cell = nn.Linear(pictures.shape[1], cell_size)
 
-    def forward(self, tokens: dict, targets: torch.Tensor, latents: torch.Tensor):
-        """Cross-entropy of a caption's pictures (`targets`: (texts, pictures), rows sum to 1) under the cosine similarities
-        of texts and pictures, as in CLIP (Radford et al. 2021), plus the share of the latents that the text leaves unexplained."""
-        vectors = mean_states(self.text_encoder, tokens)
+    def forward(self, tokens: dict, targets: torch.Tensor, cells: torch.Tensor):
+        """targets: (texts, pictures), rows sum to 1. cells: (texts, count, values), of variance 1.
+
+        contrast: cross-entropy of a caption's pictures under the cosine similarities of texts and pictures, as in CLIP
+        (Radford et al. 2021). unexplained: the share of the latents that the states do not tell, where the state of token
+        number i, padding included, tells what cell number i holds.
+        """
+        states, mask = text_states(self.text_encoder, **tokens), tokens["attention_mask"][..., None]
+        vectors = (states * mask).sum(1) / mask.sum(1)
         similarity = F.normalize(vectors, dim=1) @ F.normalize(self.pictures.weight, dim=1).T
         contrast = -(targets * (similarity / TEMPERATURE).log_softmax(1)).sum(1).mean()
-        unexplained = (self.to_latents(vectors) - latents).square().mean()
+        unexplained = (self.to_cell(states[:, : cells.shape[1]]) - cells).square().mean()
         return contrast, unexplained
 
 
 def align_text_encoder(text_encoder, tokenizer, captions: Captions, latents: torch.Tensor, epochs: int, seed: int, say=print):
-    """Fine-tune `text_encoder` in place, so that captions of one picture lie together, apart from those of others, and say
-    what the picture looks like. Unlike images and captions of CLIP, the pictures are few and known: each gets a vector,
-    that starts as the mean of its captions'.
+    """Fine-tune `text_encoder` in place, so that a caption's states say what its picture looks like, and where.
+
+    The latents of a picture are cut into a grid of at most as many cells as a text has tokens, and each token learns to
+    describe one cell: the denoiser finds them by cross-attention. Captions of one picture also come to lie together, apart
+    from those of others; as the pictures are few and known, each has a vector, which starts as the mean of its captions'.
+    The embeddings and the first third of the layers keep what they know of language.
     """
     device = next(text_encoder.parameters()).device
     dice = random.Random(seed)
@@ -70,12 +86,11 @@ def align_text_encoder(text_encoder, tokenizer, captions: Captions, latents: tor
         for number in {n for numbers in columns for n in numbers}:
             pictures_of.setdefault(number, []).append(picture)
     tokens = tokenize(tokenizer, captions.texts, device)
-    flat = (latents - latents.mean(0)).flatten(1).to(device)
-    flat /= flat.square().mean().sqrt()
-    model = Alignment(text_encoder, first_vectors(text_encoder, tokens, captions), flat.shape[1]).to(device)
-    text_encoder.requires_grad_(True).train()
+    cells = in_cells(latents, tokenizer.model_max_length).to(device)
+    model = Alignment(text_encoder, first_vectors(text_encoder, tokens, captions), cells.shape[2]).to(device)
+    train_upper_layers(text_encoder)
     batches = max(1, len(pictures_of) * epochs // BATCH)
-    args = TrainingArguments(optimizer="muon", learning_rate=1e-3, lr_warmup_steps=min(50, batches))
+    args = TrainingArguments(optimizer="muon", learning_rate=1e-3, lr_warmup_steps=min(50, batches // 10))
     optimizers = make_optimizers(model, args)
     schedulers = make_schedulers(optimizers, args, batches)
     captioned = [row for row, columns in enumerate(captions.choices) if columns]
@@ -86,11 +101,10 @@ def align_text_encoder(text_encoder, tokenizer, captions: Captions, latents: tor
         targets = torch.zeros(BATCH, len(captions), device=device)
         for row, number in enumerate(numbers.tolist()):
             targets[row, pictures_of[number]] = 1 / len(pictures_of[number])
-        length = int(tokens["attention_mask"][numbers].sum(1).max())
-        drawn = {name: values[numbers, :length] for name, values in tokens.items()}
+        drawn = {name: values[numbers] for name, values in tokens.items()}
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cpu"):
-            contrast, unexplained = model(drawn, targets, targets @ flat)
-        (contrast + unexplained).backward()
+            contrast, unexplained = model(drawn, targets, cells[rows])
+        (CONTRAST_WEIGHT * contrast + unexplained).backward()
         for optimizer, scheduler in zip(optimizers, schedulers):
             optimizer.step()
             optimizer.zero_grad()
@@ -98,6 +112,25 @@ def align_text_encoder(text_encoder, tokenizer, captions: Captions, latents: tor
         bar.set_postfix(contrast=f"{contrast.item():.3f}", unexplained=f"{unexplained.item():.3f}", refresh=False)
     text_encoder.requires_grad_(False).eval()
     say(f"Aligned the text encoder: cross-entropy {contrast.item():.3f}, unexplained share of the latents {unexplained.item():.3f}.")
+
+
+def in_cells(latents: torch.Tensor, most: int) -> torch.Tensor:
+    """(pictures, channels, height, width) -> (pictures, cells, values), centred, of variance 1: the finest square grid of at
+    most `most` cells, row by row."""
+    side = max(n for n in range(1, 1 + math.isqrt(most)) if latents.shape[2] % n == latents.shape[3] % n == 0)
+    latents = latents - latents.mean(0)
+    cells = latents.unflatten(2, (side, -1)).unflatten(4, (side, -1)).permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+    return cells / cells.square().mean().sqrt()
+
+
+def train_upper_layers(text_encoder):
+    """Let the last two thirds of the layers learn, and freeze what lies before them."""
+    layers = max((m for m in text_encoder.modules() if isinstance(m, nn.ModuleList)), key=len)
+    text_encoder.requires_grad_(False).train()
+    for layer in layers[len(layers) // 3 :]:
+        layer.requires_grad_(True)
+    if hasattr(text_encoder, "set_attn_implementation"):
+        text_encoder.set_attn_implementation("eager")  # torch's fused attention has a slow backward pass in bf16 on a CPU
 
 
 @torch.no_grad()
