@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from hf_ae.data import open_dataset
 from hf_ae.generate import load_pipeline
 from hf_ae.image_processing import to_mode
+from hf_ae.plots import captioned_grid
 
 BATCH = 25
 
@@ -148,21 +149,12 @@ something to write with|king of the jungle|I am so happy|good night|feeling sick
 spicy food|summer at the beach|a fast vehicle|a sea animal|halloween|a musical instrument|a green vegetable|a royal person"""
 
 
-def sheet(pipe, emoji, features, path="benchmarks/text_to_image.png") -> dict:
+def sheet(pipe, emoji, features) -> dict:
     """64 prompts on one sheet: names, keywords, and words that no caption holds."""
-    from PIL import Image, ImageDraw
-
-    from hf_ae.plots import label_font, to_images
-
+    path = Path(pipe.config._name_or_path, "samples.png")
     prompts = PROMPTS.replace("\n", "|").split("|")
-    images = to_images(draw(pipe, prompts), 128)
-    picture, font = Image.new("RGB", (8 * 140, 8 * 160), "white"), label_font(12)
-    for i, (prompt, image) in enumerate(zip(prompts, images)):
-        left, top = i % 8 * 140, i // 8 * 160
-        picture.paste(image, (left + 6, top + 4))
-        ImageDraw.Draw(picture).text((left + 70, top + 144), prompt, "#333333", font, anchor="mm")
-    picture.save(path)
-    return {"sheet": path}
+    captioned_grid(draw(pipe, prompts), prompts, 8, path)
+    return {"prompts": len(prompts), "picture": str(path)}
 
 
 def timed(function, rounds: int) -> list[float]:
@@ -179,7 +171,7 @@ def speed(pipe, emoji, features, rounds: int = 15) -> dict:
     from diffusers import StableDiffusionPipeline
 
     started = time.perf_counter()
-    load_pipeline(str(pipe.config._name_or_path or pipe.name_or_path))
+    load_pipeline(str(pipe.config._name_or_path))
     loading = time.perf_counter() - started
     parts = {name: getattr(pipe, name) for name in ("vae", "text_encoder", "tokenizer", "unet", "scheduler")}
     stock = StableDiffusionPipeline(**parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
@@ -188,7 +180,7 @@ def speed(pipe, emoji, features, rounds: int = 15) -> dict:
     steps, scale = pipe.config.default_num_inference_steps, pipe.config.default_guidance_scale
 
     def ours():
-        pipe.clear_text_cache()
+        pipe._texts.clear()
         pipe("a slice of pizza", seed=0, num_inference_steps=steps, guidance_scale=scale)
 
     def theirs():

@@ -20,16 +20,19 @@ def run(output: Path, seconds: int):
     from .evaluate import evaluate, load_model
 
     output.mkdir(parents=True, exist_ok=True)
-    print("1. Shipped models on 12 held-out images of the bundled sample")
+    print("1. Pictures from prompts, by emoji-text-to-image")
+    draw_prompts(output / "prompts.png")
+
+    print("\n2. Shipped models on 12 held-out images of the bundled sample")
     round_trip(output / "shipped_models.png")
 
-    print(f"\n2. A variational autoencoder, trained for about {seconds} s on the bundled 2,000 images of Fashion-MNIST")
+    print(f"\n3. A variational autoencoder, trained for about {seconds} s on the bundled 2,000 images of Fashion-MNIST")
     trained = output / "my-vae"
     started = time.perf_counter()
     train(trained, steps=seconds * 25)
     print(f"   trained in {time.perf_counter() - started:.0f} s, start-up included")
 
-    print("\n3. Reloaded from its folder and measured on 500 held-out images")
+    print("\n4. Reloaded from its folder and measured on 500 held-out images")
     metrics = evaluate(trained, str(SAMPLE), tasks="reconstruction")
     print(f"   PSNR {metrics['reconstruction']['psnr']:.2f} dB; PCA with as many components: {metrics['pca']['psnr']:.2f} dB")
     model = load_model(trained)[0]
@@ -39,10 +42,29 @@ def run(output: Path, seconds: int):
 
     image_grid(samples, 10, output / "new_images.png", cell=56)
     print("\nPictures:")
-    for path in (output / "shipped_models.png", trained / "reconstructions.png", output / "new_images.png"):
+    for path in (output / "prompts.png", output / "shipped_models.png", trained / "reconstructions.png", output / "new_images.png"):
         if path.is_file():
             print(f"   {path}")
     print(f"The trained model, ready for  hf-ae push {trained} --repo you/my-vae :\n   {trained}")
+
+
+PROMPTS = ["a slice of pizza", "red heart", "rocket", "birthday cake", "cat face", "sunflower", "crying face", "rainbow", "guitar",
+           "kitten", "automobile", "halloween", "cold", "in love", "something sweet", "party"]  # fmt: skip
+
+
+def draw_prompts(path: Path):
+    """One picture for each prompt, by the shipped text-to-image pipeline."""
+    from .generate import DEFAULT, load_pipeline
+    from .plots import captioned_grid
+
+    if not (DEFAULT / "model_index.json").is_file():
+        return
+    pipe = load_pipeline()
+    pipe.set_progress_bar_config(disable=True)
+    started = time.perf_counter()
+    pixels = pipe(PROMPTS, seed=[0] * len(PROMPTS), output_type="pt").images
+    print(f"   {len(PROMPTS)} pictures in {time.perf_counter() - started:.1f} s")
+    captioned_grid(pixels, PROMPTS, 8, path)
 
 
 def round_trip(path: Path):

@@ -55,6 +55,22 @@ def image_grid(pixels: torch.Tensor, columns: int, path=None, cell: int = 28, ga
     return sheet
 
 
+def captioned_grid(pixels: torch.Tensor, captions: list[str], columns: int, path=None, cell: int = 128) -> Image.Image:
+    """Images (images, channels, height, width) in 0…1 in rows of `columns`, each over its caption; saved to `path`."""
+    images = to_images(pixels, cell)
+    font, margin, line = label_font(cell // 10), cell // 10, cell // 5
+    width, height = images[0].width + margin, images[0].height + line + margin
+    sheet = Image.new("RGB", (columns * width, -(-len(images) // columns) * height), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, (image, caption) in enumerate(zip(images, captions)):
+        left, top = i % columns * width, i // columns * height
+        sheet.paste(image, (left + margin // 2, top + margin // 2))
+        draw.text((left + width / 2, top + image.height + margin), caption, "#333333", font, anchor="mm")
+    if path is not None:
+        sheet.save(path)
+    return sheet
+
+
 def latent_plane(codes, labels, decoded: torch.Tensor, extent, path=None, size: int = 720) -> Image.Image:
     """A 2-d latent space: left the codes of test images coloured by class, right what the decoder draws all over it.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import random
 import re
 from collections import Counter
@@ -11,14 +10,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
+from transformers import get_scheduler
 
-from .arguments import TrainingArguments
 from .captions import Captions, text_states, tokenize
-from .training import make_optimizers, make_schedulers
 
 TEMPERATURE = 0.05
 BATCH = 128
-CONTRAST_WEIGHT = 0.3
 VOCABULARY = 8000
 """Most words of a new tokenizer; others are spelled."""
 
@@ -48,35 +45,29 @@ def mean_states(text_encoder, tokens: dict) -> torch.Tensor:
 
 
 class Alignment(nn.Module):
-    """A text encoder, a vector for every picture, and a linear map from a token's state to the latents of one cell."""
+    """A text encoder, a vector for every picture, and a linear map from texts to latents."""
 
-    def __init__(self, text_encoder, pictures: torch.Tensor, cell_size: int):
+    def __init__(self, text_encoder, pictures: torch.Tensor, latent_size: int):
         super().__init__()
         self.text_encoder, self.pictures = text_encoder, nn.Embedding.from_pretrained(pictures, freeze=False)
-        self.to_cell = nn.Linear(pictures.shape[1], cell_size)
+        self.to_latents = nn.Linear(pictures.shape[1], latent_size)
 
-    def forward(self, tokens: dict, targets: torch.Tensor, cells: torch.Tensor):
-        """targets: (texts, pictures), rows sum to 1. cells: (texts, count, values), of variance 1.
+    def forward(self, tokens: dict, targets: torch.Tensor, latents: torch.Tensor):
+        """targets: (texts, pictures), rows sum to 1. latents: (texts, values).
 
         contrast: cross-entropy of a caption's pictures under the cosine similarities of texts and pictures, as in CLIP
-        (Radford et al. 2021). unexplained: the share of the latents that the states do not tell, where the state of token
-        number i, padding included, tells what cell number i holds.
+        (Radford et al. 2021). unexplained: the squared error of the latents as a linear function of the text.
         """
-        states, mask = text_states(self.text_encoder, **tokens), tokens["attention_mask"][..., None]
-        vectors = (states * mask).sum(1) / mask.sum(1)
+        vectors = mean_states(self.text_encoder, tokens)
         similarity = F.normalize(vectors, dim=1) @ F.normalize(self.pictures.weight, dim=1).T
         contrast = -(targets * (similarity / TEMPERATURE).log_softmax(1)).sum(1).mean()
-        unexplained = (self.to_cell(states[:, : cells.shape[1]]) - cells).square().mean()
-        return contrast, unexplained
+        return contrast, (self.to_latents(vectors) - latents).square().mean()
 
 
 def align_text_encoder(text_encoder, tokenizer, captions: Captions, latents: torch.Tensor, epochs: int, seed: int, say=print):
-    """Fine-tune `text_encoder` in place, so that a caption's states say what its picture looks like, and where.
-
-    The latents of a picture are cut into a grid of at most as many cells as a text has tokens, and each token learns to
-    describe one cell: the denoiser finds them by cross-attention. Captions of one picture also come to lie together, apart
-    from those of others; as the pictures are few and known, each has a vector, which starts as the mean of its captions'.
-    The embeddings and the first third of the layers keep what they know of language.
+    """Fine-tune `text_encoder` in place, so that captions of one picture lie together, apart from those of others, and say
+    what the picture looks like. Unlike images and captions of CLIP, the pictures are few and known: each gets a vector,
+    that starts as the mean of its captions'.
     """
     device = next(text_encoder.parameters()).device
     dice = random.Random(seed)
@@ -86,51 +77,39 @@ def align_text_encoder(text_encoder, tokenizer, captions: Captions, latents: tor
         for number in {n for numbers in columns for n in numbers}:
             pictures_of.setdefault(number, []).append(picture)
     tokens = tokenize(tokenizer, captions.texts, device)
-    cells = in_cells(latents, tokenizer.model_max_length).to(device)
-    model = Alignment(text_encoder, first_vectors(text_encoder, tokens, captions), cells.shape[2]).to(device)
-    train_upper_layers(text_encoder)
-    batches = max(1, len(pictures_of) * epochs // BATCH)
-    args = TrainingArguments(optimizer="muon", learning_rate=1e-3, lr_warmup_steps=min(50, batches // 10))
-    optimizers = make_optimizers(model, args)
-    schedulers = make_schedulers(optimizers, args, batches)
+    flat = (latents - latents.mean(0)).flatten(1).to(device)
+    flat /= flat.square().mean().sqrt()
+    model = Alignment(text_encoder, first_vectors(text_encoder, tokens, captions), flat.shape[1]).to(device)
+    text_encoder.requires_grad_(True).train()
+    if hasattr(text_encoder, "set_attn_implementation"):
+        text_encoder.set_attn_implementation("eager")  # torch's fused attention has a slow backward pass in bf16 on a CPU
+    steps = max(1, len(pictures_of) * epochs // BATCH)
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": text_encoder.parameters(), "lr": 1e-4},
+            {"params": [*model.pictures.parameters(), *model.to_latents.parameters()], "lr": 1e-3},
+        ]
+    )
+    scheduler = get_scheduler("cosine", optimizer, min(50, steps // 10), steps)
     captioned = [row for row, columns in enumerate(captions.choices) if columns]
-    bar = tqdm(range(batches), desc="aligning text", mininterval=1.0)
+    bar = tqdm(range(steps), desc="aligning text", mininterval=1.0)
     for _ in bar:
         rows = torch.tensor([dice.choice(captioned) for _ in range(BATCH)])
         numbers = captions.draw(rows, 0.0, dice)
         targets = torch.zeros(BATCH, len(captions), device=device)
         for row, number in enumerate(numbers.tolist()):
             targets[row, pictures_of[number]] = 1 / len(pictures_of[number])
-        drawn = {name: values[numbers] for name, values in tokens.items()}
+        length = int(tokens["attention_mask"][numbers].sum(1).max())
+        drawn = {name: values[numbers, :length] for name, values in tokens.items()}
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cpu"):
-            contrast, unexplained = model(drawn, targets, cells[rows])
-        (CONTRAST_WEIGHT * contrast + unexplained).backward()
-        for optimizer, scheduler in zip(optimizers, schedulers):
-            optimizer.step()
-            optimizer.zero_grad()
-            scheduler.step()
+            contrast, unexplained = model(drawn, targets, targets @ flat)
+        (contrast + unexplained).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        scheduler.step()
         bar.set_postfix(contrast=f"{contrast.item():.3f}", unexplained=f"{unexplained.item():.3f}", refresh=False)
     text_encoder.requires_grad_(False).eval()
     say(f"Aligned the text encoder: cross-entropy {contrast.item():.3f}, unexplained share of the latents {unexplained.item():.3f}.")
-
-
-def in_cells(latents: torch.Tensor, most: int) -> torch.Tensor:
-    """(pictures, channels, height, width) -> (pictures, cells, values), centred, of variance 1: the finest square grid of at
-    most `most` cells, row by row."""
-    side = max(n for n in range(1, 1 + math.isqrt(most)) if latents.shape[2] % n == latents.shape[3] % n == 0)
-    latents = latents - latents.mean(0)
-    cells = latents.unflatten(2, (side, -1)).unflatten(4, (side, -1)).permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
-    return cells / cells.square().mean().sqrt()
-
-
-def train_upper_layers(text_encoder):
-    """Let the last two thirds of the layers learn, and freeze what lies before them."""
-    layers = max((m for m in text_encoder.modules() if isinstance(m, nn.ModuleList)), key=len)
-    text_encoder.requires_grad_(False).train()
-    for layer in layers[len(layers) // 3 :]:
-        layer.requires_grad_(True)
-    if hasattr(text_encoder, "set_attn_implementation"):
-        text_encoder.set_attn_implementation("eager")  # torch's fused attention has a slow backward pass in bf16 on a CPU
 
 
 @torch.no_grad()

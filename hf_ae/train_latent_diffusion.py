@@ -48,7 +48,10 @@ class LatentDiffusionArguments(TrainingArguments):
     align_text_epochs: int = flag(0, "First fine-tune the text encoder, so many epochs, so that captions lie near their pictures' latents.")
     max_text_length: int = flag(32, "Tokens of a prompt; more are cut off.")
     image_column: str | None = flag(None, "Column of the images; default: the only one that holds images.")
-    caption_columns: str = flag("text", "Columns of captions (text, or lists of text): each step draws a column, then one of its captions.")
+    caption_columns: str = flag(
+        "text",
+        "Columns of captions (text, or lists of text): each step draws a column, then one of its captions. One named twice counts twice.",
+    )
     caption_dropout: float = flag(0.1, "Share of empty captions, which classifier-free guidance needs.")
     image_size: int | None = flag(None, "Height and width of the pictures; default: the autoencoder's.")
     unet_overrides: str | None = flag(None, 'Fields of the UNet2DConditionModel: "block_out_channels=[128,256],layers_per_block=2".')
@@ -56,6 +59,7 @@ class LatentDiffusionArguments(TrainingArguments):
     beta_schedule: str = flag("squaredcos_cap_v2", "Noise schedule: squaredcos_cap_v2, scaled_linear or linear.")
     zero_terminal_snr: bool = flag(False, "Let the last time step be pure noise (Lin et al. 2024); needs v_prediction.")
     snr_gamma: float | None = flag(None, "Min-SNR weighting of the loss (Hang et al. 2023), usually 5.")
+    timestep_shift: float = flag(1.0, "More than 1: draw noisy time steps, where the text matters most, more often (Esser et al. 2024).")
     validation_prompts: str | None = flag(None, "Prompts of the sample pictures, separated by |; default: captions of the dataset.")
     num_inference_steps: int = flag(20, "Default number of steps of the finished pipeline.")
     guidance_scale: float = flag(3.0, "Default guidance of the finished pipeline.")
@@ -71,6 +75,8 @@ class LatentDiffusionArguments(TrainingArguments):
                 raise ValueError(f"{name}={getattr(self, name)!r} is not known: write one of {', '.join(accepted)}.")
         if self.zero_terminal_snr and self.prediction_type == "epsilon":
             raise ValueError("zero_terminal_snr needs prediction_type v_prediction: from pure noise, the noise says nothing.")
+        if not self.timestep_shift > 0:
+            raise ValueError(f"timestep_shift={self.timestep_shift} must be positive.")
         if not 0 <= self.caption_dropout < 1:
             raise ValueError(f"caption_dropout={self.caption_dropout} must be at least 0 and less than 1.")
         for name, least in {"max_text_length": 3, "align_text_epochs": 0, "num_inference_steps": 1}.items():
@@ -106,7 +112,9 @@ def train(args: LatentDiffusionArguments):
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     scheduler = make_scheduler(args)
-    model = LatentDiffusion(unet, scheduler, text_encoder if trained_jointly else None, args.snr_gamma).to(accelerator.device)
+    model = LatentDiffusion(unet, scheduler, text_encoder if trained_jointly else None, args.snr_gamma, args.timestep_shift).to(
+        accelerator.device
+    )
     data = {"pictures": len(captions), "captions": len(captions.texts), "caption_dropout": args.caption_dropout}
     batches = num_batches(len(captions), args.train_batch_size, accelerator.num_processes)
     run = begin(args, accelerator, model, batches, data, resume_from)

@@ -192,3 +192,27 @@ def test_random_shift_moves_whole_images_by_at_most_that_much():
     assert torch.equal(where[:, 0], where[:, 1])
     rows, columns = where[:, 0] // 7, where[:, 0] % 7
     assert set(rows.tolist()) == set(columns.tolist()) == {1, 2, 3, 4, 5}
+
+
+def test_random_symmetry_gives_the_eight_of_the_square_and_random_colors_the_six_orders():
+    image = torch.arange(27, dtype=torch.uint8).reshape(1, 3, 3, 3)
+    turned = [torch.rot90(flipped, turns, (-2, -1)) for flipped in (image, image.flip(-1)) for turns in range(4)]
+    wanted = {tuple((x.float() / 255).flatten().tolist()) for x in turned}
+    drawn = to_pixel_values(image.expand(400, -1, -1, -1), "cpu", (0.0, 1.0), symmetry=True)
+    assert {tuple(x.flatten().tolist()) for x in drawn} == wanted
+    orders = to_pixel_values(image.expand(400, -1, -1, -1), "cpu", (0.0, 1.0), colors=True)
+    assert len({tuple(x.flatten().tolist()) for x in orders}) == 6
+    assert all(torch.equal(x.sum(0), orders[0].sum(0)) for x in orders)
+
+
+def test_patches_are_seen_whole_and_in_place():
+    """A network of 1×1 positions per patch: an image in patches has the latents' grid, and no other pixel moves a patch's code."""
+    fields = dict(network="resnet", image_size=16, hidden_sizes=[8], patch_size=4, latent_channels=2, num_res_blocks=1)
+    config = hf_ae.AutoencoderConfig(**fields)
+    assert config.code_shape == [2, 4, 4] and config.block_out_channels == [8, 8, 8]
+    with pytest.raises(ValueError, match="power of two"):
+        hf_ae.AutoencoderConfig(**{**fields, "patch_size": 3})
+    with pytest.raises(ValueError, match="patch_size belongs to network='resnet'"):
+        hf_ae.AutoencoderConfig(patch_size=2)
+    with pytest.raises(ValueError, match="patch_size=4"):
+        hf_ae.AutoencoderConfig(**{**fields, "image_size": 18})

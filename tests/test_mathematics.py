@@ -235,3 +235,20 @@ def test_layerwise_pretraining_trains_each_layer_on_the_codes_below():
     pretrain_layerwise(model, images, args, "cpu", lines.append)
     assert len(lines) == 3
     assert model(images.pixels.float() / 255).loss.item() < 0.6 * before
+
+
+def test_muon_takes_a_kernel_as_the_matrix_that_torch_takes():
+    """Three steps on a convolution kernel are those of torch's Muon on the flattened kernel."""
+    from hf_ae.training import KernelMuon
+
+    torch.manual_seed(0)
+    kernel = torch.nn.Parameter(torch.randn(6, 4, 3, 3))
+    matrix = torch.nn.Parameter(kernel.detach().flatten(1).clone())
+    ours = KernelMuon([kernel], 0.1, 0.01)
+    theirs = torch.optim.Muon([matrix], 0.1, 0.01, adjust_lr_fn="match_rms_adamw")
+    for _ in range(3):
+        gradient = torch.randn(6, 4, 3, 3)
+        kernel.grad, matrix.grad = gradient.clone(), gradient.flatten(1)
+        ours.step()
+        theirs.step()
+    assert torch.equal(kernel.flatten(1), matrix)

@@ -10,6 +10,7 @@ VARIANTS = {
     "autoencoder-unpool": ("hf_ae_autoencoder", dict(SMALL_CONV, latent_dim=5, downsample="maxpool", upsample="unpool")),
     "autoencoder-nearest": ("hf_ae_autoencoder", dict(SMALL_CONV, latent_channels=2, downsample="maxpool", upsample="nearest")),
     "autoencoder-resnet": ("hf_ae_autoencoder", dict(network="resnet", image_size=16, hidden_sizes=[8, 16], latent_channels=3)),
+    "autoencoder-patches": ("hf_ae_autoencoder", dict(network="resnet", image_size=16, hidden_sizes=[8, 16], patch_size=4, latent_dim=3)),
     "sparse-l1": ("hf_ae_sparse", dict(hidden_sizes=[16], latent_dim=40, latent_activation="relu")),
     "sparse-kl": ("hf_ae_sparse", dict(SMALL_CONV, latent_channels=3, sparsity="kl", latent_activation="sigmoid")),
     "denoising": ("hf_ae_denoising", dict(SMALL_CONV, latent_channels=3, num_channels=3, corruption="masking", sparsity="l1")),
