@@ -13,6 +13,7 @@ import json
 import random
 import statistics
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -60,6 +61,7 @@ class Emoji:
         rows = [row for part in ("train", "test") for row in parts[part]]
         pictures = [to_mode(row["image"], 3).resize((size, size), Image.Resampling.BICUBIC) for row in rows]
         self.pictures = torch.stack([torch.from_numpy(np.array(p)).permute(2, 0, 1) for p in pictures]).float() / 255
+        self.features = torch.empty(0)
         self.names = [row["text"] for row in rows]
         self.held_out = [row["held_out_keywords"] for row in rows]
 
@@ -77,7 +79,7 @@ def sample(emoji: Emoji, count: int = 500) -> list[int]:
 
 def alignment(pipe, emoji, features, **options) -> dict:
     """Share of 500 emoji whose picture, drawn from the name, is nearest to the real one of that name, among all emoji."""
-    rows, real = sample(emoji), features(emoji.pictures)
+    rows, real = sample(emoji), emoji.features
     ranked = (features(draw(pipe, [emoji.names[i] for i in rows], **options)) @ real.T).topk(5).indices
     hits = ranked == torch.tensor(rows)[:, None]
     through = torch.cat([pipe.vae(x * 2 - 1).reconstruction for x in emoji.pictures[rows].split(BATCH)]) if not options else None
@@ -95,14 +97,14 @@ def keywords(pipe, emoji, features, **options) -> dict:
         for word in words:
             carriers.setdefault(word, set()).add(row)
     words = sorted(carriers)
-    ranked = (features(draw(pipe, words, **options)) @ features(emoji.pictures).T).topk(5).indices.tolist()
+    ranked = (features(draw(pipe, words, **options)) @ emoji.features.T).topk(5).indices.tolist()
     hits = [bool(carriers[word] & set(row)) for word, row in zip(words, ranked)]
     return {"top5": sum(hits) / len(words), "keywords": len(words)}
 
 
 def distance(pipe, emoji, features) -> dict:
     """FID and KID of a picture for every name, beside two halves of the real pictures (the floor)."""
-    drawn, real = features(draw(pipe, emoji.names)), features(emoji.pictures)
+    drawn, real = features(draw(pipe, emoji.names)), emoji.features
     order = torch.randperm(len(real), generator=torch.Generator().manual_seed(0))
     half = len(real) // 2
     one, other = real[order[:half]], real[order[half : 2 * half]]
@@ -213,7 +215,7 @@ def few_steps(pipe, emoji, features, rounds: int = 5) -> dict:
     for round_ in range(rounds + 1):
         for name, (scheduler, options) in settings.items():
             pipe.scheduler = scheduler
-            taken = timed(lambda: pipe("a slice of pizza", seed=round_, **options), 2)
+            taken = timed(partial(pipe, "a slice of pizza", seed=round_, **options), 2)
             times[name] += taken if round_ else []
     pipe.scheduler = fast
     ratios = sorted(b / a for a, b in zip(times["default"], times["ddim50"]))
@@ -232,6 +234,7 @@ def main():
     args = parser.parse_args()
     pipe, emoji, features = load_pipeline(args.model), Emoji(args.dataset), Features()
     path = Path(args.model) / "metrics.json"
+    emoji.features = features(emoji.pictures)
     metrics = json.loads(path.read_text()) if path.is_file() else {}
     for name in args.parts:
         metrics[name] = PARTS[name](pipe, emoji, features)

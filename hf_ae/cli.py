@@ -89,9 +89,7 @@ def generate(
     model: Annotated[str | None, typer.Option("--model", help="Folder or Hub id of a pipeline; default: emoji-text-to-image.")] = None,
     negative_prompt: Annotated[str | None, typer.Option("--negative-prompt", help="What not to draw.")] = None,
     steps: Annotated[int | None, typer.Option("--steps", help="Denoising steps; default: the pipeline's.")] = None,
-    guidance_scale: Annotated[
-        float | None, typer.Option("--guidance-scale", help="How closely to follow the prompt; 1: freely.")
-    ] = None,
+    guidance_scale: Annotated[float | None, typer.Option("--guidance-scale", help="How closely to follow the prompt; 1: freely.")] = None,
     seed: Annotated[int, typer.Option("--seed", help="The same seed gives the same picture.")] = 0,
     images: Annotated[int, typer.Option("--images", min=1, help="Pictures to draw, with seeds from --seed on.")] = 1,
     height: Annotated[int | None, typer.Option("--height", help="In pixels; default: the size of training.")] = None,

@@ -72,14 +72,13 @@ class LatentDiffusion(nn.Module):
         save_file({k: v.contiguous() for k, v in self.state_dict().items()}, Path(folder) / "model.safetensors")
 
 
-def make_unet(device, channels: int, size: tuple[int, int], text_width: int, overrides: dict):
+def make_unet(channels: int, size: tuple[int, int], text_width: int, overrides: dict):
     """A UNet2DConditionModel for latents of `channels` × `size`, conditioned on text states of `text_width`.
 
     The text also goes into the time embedding, pooled by attention (as in DeepFloyd IF), so that every block knows it.
     `overrides` are fields of the diffusers configuration.
     """
     from diffusers import UNet2DConditionModel
-    from diffusers.models.attention_processor import AttnProcessor
 
     fields = dict(
         sample_size=size[0] if size[0] == size[1] else list(size),
@@ -97,9 +96,6 @@ def make_unet(device, channels: int, size: tuple[int, int], text_width: int, ove
     fields.setdefault("down_block_types", ["DownBlock2D"] + ["CrossAttnDownBlock2D"] * (levels - 1))
     fields.setdefault("up_block_types", ["CrossAttnUpBlock2D"] * (levels - 1) + ["UpBlock2D"])
     try:
-        unet = UNet2DConditionModel(**fields)
+        return UNet2DConditionModel(**fields)
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"unet_overrides do not make a UNet2DConditionModel: {error}") from None
-    if torch.device(device).type == "cpu":
-        unet.set_attn_processor(AttnProcessor())  # torch's fused attention has a slow backward pass in bf16 on a CPU
-    return unet

@@ -30,6 +30,7 @@ from hf_ae.arguments import (
 )
 from hf_ae.captions import Captions, all_text_states, cached_latents, text_states, tokenize
 from hf_ae.data import image_column, num_batches, open_dataset, pick_split
+from hf_ae.generate import load_pipeline
 from hf_ae.hub import check_login, push_folder, write_card
 from hf_ae.latent_diffusion import LatentDiffusion, make_unet
 from hf_ae.pipeline_folder import save_pipeline
@@ -42,6 +43,7 @@ from hf_ae.training import Run, averaged, begin, clear_output, end, make_acceler
 class LatentDiffusionArguments(TrainingArguments):
     """Train a text-to-image pipeline: a denoiser, conditioned on text, in the latent space of an autoencoder."""
 
+    pretrained_pipeline: str | None = flag(None, "Folder or Hub id of a pipeline to fine-tune; other flags replace its components.")
     vae: str | None = flag(None, "Folder or Hub id of the autoencoder: one of hf_ae's with a spatial code, or diffusers' AutoencoderKL.")
     text_encoder: str | None = flag(None, "Folder or Hub id of a transformers text model, kept frozen; default: a small one, trained too.")
     text_overrides: str | None = flag(None, 'Fields of the small text encoder (a BertConfig): "hidden_size=256,num_hidden_layers=4".')
@@ -95,7 +97,8 @@ def train(args: LatentDiffusionArguments):
     output = Path(args.output_dir)
     resume_from = check_request(args, output)
     accelerator = make_accelerator(args, output)
-    vae = load_vae(args.vae).to(accelerator.device)
+    base = load_pipeline(args.pretrained_pipeline) if args.pretrained_pipeline else None
+    vae = (load_vae(args.vae) if args.vae else base.vae.eval().requires_grad_(False)).to(accelerator.device)
     dataset, column, captions = load_captions(args)
     if accelerator.is_main_process:
         clear_output(output, everything=args.overwrite_output_dir and resume_from is None)
@@ -103,25 +106,17 @@ def train(args: LatentDiffusionArguments):
     cache = Path(args.latent_cache) if args.latent_cache else output / "latents"
     latents = cached_latents(vae, dataset, column, picture_processor(vae, args.image_size), cache, accelerator)
     latents = scaled(vae, latents)
-    tokenizer, text_encoder = load_text_encoder(args, captions, latents, output, accelerator, resume_from is not None)
-    trained_jointly = args.text_encoder is None
-    set_seed(args.seed)
-    overrides = parse_overrides(args.unet_overrides)
-    width = text_encoder.config.hidden_size
-    unet = make_unet(accelerator.device, latents.shape[1], tuple(latents.shape[2:]), width, overrides)
-    if args.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
-    scheduler = make_scheduler(args)
-    model = LatentDiffusion(unet, scheduler, text_encoder if trained_jointly else None, args.snr_gamma, args.timestep_shift).to(
-        accelerator.device
-    )
+    tokenizer, text_encoder = load_text_encoder(args, base, captions, latents, output, accelerator, resume_from is not None)
+    scheduler, unet = make_scheduler(args, base), load_unet(args, base, latents, text_encoder, accelerator.device)
+    jointly = args.text_encoder is None and base is None
+    model = LatentDiffusion(unet, scheduler, text_encoder if jointly else None, args.snr_gamma, args.timestep_shift)
     data = {"pictures": len(captions), "captions": len(captions.texts), "caption_dropout": args.caption_dropout}
     batches = num_batches(len(captions), args.train_batch_size, accelerator.num_processes)
-    run = begin(args, accelerator, model, batches, data, resume_from)
+    run = begin(args, accelerator, model.to(accelerator.device), batches, data, resume_from)
 
     def pipeline():
         bare = run.bare_model
-        return make_pipeline(args, vae, bare.text_encoder or text_encoder, tokenizer, bare.unet)
+        return make_pipeline(args, vae, bare.text_encoder or text_encoder, tokenizer, bare.unet, scheduler)
 
     loop(args, run, latents, captions, tokenizer, text_encoder, lambda: validate(args, run, captions, pipeline(), output), output)
     finish(args, run, pipeline, output)
@@ -129,9 +124,10 @@ def train(args: LatentDiffusionArguments):
 
 def check_request(args, output: Path) -> Path | None:
     """Raise ValueError for what cannot work, before anything is loaded; returns the checkpoint to go on from."""
-    for name, example in {"dataset_name": "a Hub id or a folder", "vae": "a folder or Hub id of an autoencoder"}.items():
-        if getattr(args, name) is None:
-            raise ValueError(f"Which {name}? Write --{name} with {example}.")
+    if args.dataset_name is None:
+        raise ValueError("Which dataset? Write --dataset_name with a Hub id or a folder.")
+    if args.vae is None and args.pretrained_pipeline is None:
+        raise ValueError("Which autoencoder? Write --vae with a folder or Hub id, or --pretrained_pipeline to go on from a pipeline.")
     if args.push_to_hub:
         check_login()
     check_output_dir(output, args.overwrite_output_dir, args.resume_from_checkpoint is not None)
@@ -194,9 +190,11 @@ def scaled(vae, latents: torch.Tensor) -> torch.Tensor:
     return latents * vae.config.scaling_factor
 
 
-def load_text_encoder(args, captions: Captions, latents: torch.Tensor, output: Path, accelerator, resumed: bool):
+def load_text_encoder(args, base, captions: Captions, latents: torch.Tensor, output: Path, accelerator, resumed: bool):
     """(tokenizer, text encoder): given and frozen, fine-tuned first where asked, or new."""
     folder, name = output / "text_encoder", args.text_encoder
+    if name is None and base is not None:
+        return base.tokenizer, base.text_encoder.to(accelerator.device).eval().requires_grad_(False)
     if name is None:
         return text_encoder_from_scratch(captions.texts, parse_overrides(args.text_overrides), args.max_text_length, args.seed)
     if name.count("/") != 1 and not Path(name).is_dir():
@@ -229,10 +227,33 @@ def open_text_model(name):
     return text_encoder
 
 
-def make_scheduler(args):
-    """The noise that the denoiser is trained with, as the deterministic sampler of the pipeline."""
+def load_unet(args, base, latents: torch.Tensor, text_encoder, device):
+    """The denoiser: that of the pipeline to fine-tune, or a new one."""
+    from diffusers.models.attention_processor import AttnProcessor
+
+    if base is not None and args.unet_overrides is None:
+        unet = base.unet.float().requires_grad_(True)
+        if unet.config.in_channels != latents.shape[1]:
+            raise ValueError(
+                f"The unet of {args.pretrained_pipeline} takes {unet.config.in_channels} channels, the vae gives {latents.shape[1]}."
+            )
+    else:
+        set_seed(args.seed)
+        overrides = parse_overrides(args.unet_overrides)
+        unet = make_unet(latents.shape[1], tuple(latents.shape[2:]), text_encoder.config.hidden_size, overrides)
+    if torch.device(device).type == "cpu":  # torch's fused attention has a slow backward pass in bf16 there
+        unet.set_attn_processor(AttnProcessor())
+    if args.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    return unet
+
+
+def make_scheduler(args, base=None):
+    """The noise that the denoiser is trained with: that of the pipeline to fine-tune, or as the flags say."""
     from diffusers import DDIMScheduler
 
+    if base is not None:
+        return DDIMScheduler.from_config(base.scheduler.config, clip_sample=False)
     return DDIMScheduler(
         beta_schedule=args.beta_schedule,
         beta_start=0.00085 if args.beta_schedule == "scaled_linear" else 0.0001,
@@ -267,8 +288,10 @@ def loop(args, run: Run, latents, captions: Captions, tokenizer, text_encoder, m
     optimize(args, run, captions.batches, forward, measure, output)
 
 
-def make_pipeline(args, vae, text_encoder, tokenizer, unet):
-    """The pipeline of these components."""
+def make_pipeline(args, vae, text_encoder, tokenizer, unet, scheduler):
+    """The pipeline of these components, with a sampler that needs few steps (Lu et al. 2022)."""
+    from diffusers import DPMSolverMultistepScheduler
+
     from hf_ae.pipelines import TextToImagePipeline
 
     return TextToImagePipeline(
@@ -276,7 +299,7 @@ def make_pipeline(args, vae, text_encoder, tokenizer, unet):
         text_encoder=text_encoder,
         tokenizer=tokenizer,
         unet=unet,
-        scheduler=make_scheduler(args),
+        scheduler=DPMSolverMultistepScheduler.from_config(scheduler.config),
         default_num_inference_steps=args.num_inference_steps,
         default_guidance_scale=args.guidance_scale,
     )

@@ -205,8 +205,7 @@ def test_random_symmetry_gives_the_eight_of_the_square_and_random_colors_the_six
     assert all(torch.equal(x.sum(0), orders[0].sum(0)) for x in orders)
 
 
-def test_patches_are_seen_whole_and_in_place():
-    """A network of 1×1 positions per patch: an image in patches has the latents' grid, and no other pixel moves a patch's code."""
+def test_patch_size_sets_the_grid_and_is_checked():
     fields = dict(network="resnet", image_size=16, hidden_sizes=[8], patch_size=4, latent_channels=2, num_res_blocks=1)
     config = hf_ae.AutoencoderConfig(**fields)
     assert config.code_shape == [2, 4, 4] and config.block_out_channels == [8, 8, 8]

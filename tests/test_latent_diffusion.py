@@ -209,6 +209,19 @@ def test_a_diffusers_vae_and_a_clip_text_encoder_work_too(arguments, tmp_path):
     assert TextToImagePipeline.from_pretrained(tmp_path / "run")("fire", seed=0).images[0].size == (16, 16)
 
 
+def test_a_pipeline_is_fine_tuned(arguments, tmp_path):
+    """Its text encoder, vae and noise stay; its denoiser moves on from where it was."""
+    train(arguments(output_dir=str(tmp_path / "first"), prediction_type="epsilon"))
+    again = dict(vae=None, pretrained_pipeline=str(tmp_path / "first"), unet_overrides=None, learning_rate=0.0)
+    train(arguments(output_dir=str(tmp_path / "still"), **again))
+    train(arguments(output_dir=str(tmp_path / "moved"), **{**again, "learning_rate": 1e-4}))
+    first, still, moved = (weights(tmp_path / name) for name in ("first", "still", "moved"))
+    assert all(torch.equal(first[k], still[k]) for k in first)
+    change = [(moved[k] - first[k]).abs().max() for k in first]
+    assert 0 < max(change) < 1e-2
+    assert TextToImagePipeline.from_pretrained(tmp_path / "moved").scheduler.config.prediction_type == "epsilon"
+
+
 def test_padding_does_not_change_what_a_masked_text_encoder_says():
     tokenizer, text_encoder = text_encoder_from_scratch(["red heart", "fire"] * 3, {"num_hidden_layers": 1}, 12, seed=0)
     short = {name: values[:, :4] for name, values in tokenize(tokenizer, ["red heart"], "cpu").items()}
@@ -218,10 +231,10 @@ def test_padding_does_not_change_what_a_masked_text_encoder_says():
 
 
 def test_the_unet_takes_overrides():
-    unet = make_unet("cpu", 4, (4, 8), 16, {"block_out_channels": [32, 64, 64], "layers_per_block": 2, "norm_num_groups": 8})
+    unet = make_unet(4, (4, 8), 16, {"block_out_channels": [32, 64, 64], "layers_per_block": 2, "norm_num_groups": 8})
     assert isinstance(unet, UNet2DConditionModel) and unet.config.sample_size == [4, 8]
     with pytest.raises(ValueError, match="unet_overrides"):
-        make_unet("cpu", 4, (4, 4), 16, {"block_out_channel": [32]})
+        make_unet(4, (4, 4), 16, {"block_out_channel": [32]})
 
 
 @pytest.mark.parametrize(
