@@ -104,7 +104,7 @@ def generate(
     from . import generate as drawing
 
     check_writable(output)
-    options = dict(negative_prompt=negative_prompt, guidance_scale=guidance_scale, height=height, width=width)
+    options: dict = dict(negative_prompt=negative_prompt, guidance_scale=guidance_scale, height=height, width=width)
     if image is not None:
         options |= dict(image=drawing.open_picture(image), strength=strength)
     pipe = drawing.load_pipeline(model, scheduler)

@@ -30,19 +30,22 @@ class LatentDiffusion(nn.Module):
     matters most, are drawn more often: t -> s·t / (1 + (s − 1)·t), t in 0…1 (Esser et al. 2024, equation 23).
     """
 
+    alphas_cumprod: torch.Tensor
+
     def __init__(self, unet, scheduler, text_encoder=None, snr_gamma: float | None = None, timestep_shift: float = 1.0):
         super().__init__()
         self.unet, self.text_encoder, self.snr_gamma, self.timestep_shift = unet, text_encoder, snr_gamma, timestep_shift
         self.prediction = scheduler.config.prediction_type
         self.register_buffer("alphas_cumprod", scheduler.alphas_cumprod.float(), persistent=False)
         parts = {"unet": dict(unet.config), "text_encoder": text_encoder and text_encoder.config.to_dict()}
-        self.config = PreTrainedConfig(**parts, prediction_type=self.prediction, snr_gamma=snr_gamma)
+        settings = {"prediction_type": self.prediction, "snr_gamma": snr_gamma, "timestep_shift": timestep_shift}
+        self.config = PreTrainedConfig(**parts, **settings)
 
-    def forward(self, latents: torch.Tensor, text: torch.Tensor | None = None, tokens: dict | None = None) -> DiffusionOutput:
+    def forward(self, latents: torch.Tensor, text: torch.Tensor | None = None, tokens: dict[str, torch.Tensor] | None = None):
         """latents: (batch, channels, height, width), scaled to a standard deviation of about 1. text: states (batch,
         length, width), or `tokens` for the own text encoder. Noise and time steps are drawn; the steps evenly over a batch.
         """
-        if text is None:
+        if tokens is not None:
             text = text_states(self.text_encoder, **tokens)
         batch, steps = len(latents), len(self.alphas_cumprod)
         spread = (torch.arange(batch, device=latents.device) + torch.rand(batch, device=latents.device)) / batch
@@ -80,7 +83,7 @@ def make_unet(channels: int, size: tuple[int, int], text_width: int, overrides: 
     """
     from diffusers import UNet2DConditionModel
 
-    fields = dict(
+    fields: dict = dict(
         sample_size=size[0] if size[0] == size[1] else list(size),
         in_channels=channels,
         out_channels=channels,

@@ -22,18 +22,18 @@ VOCABULARY = 8000
 
 def text_encoder_from_scratch(texts: list[str], overrides: dict, max_length: int, seed: int):
     """(tokenizer, text encoder): the commonest words and all characters of `texts`, and a small BERT with random weights."""
-    from transformers import BertConfig, BertModel, BertTokenizerFast
+    from transformers import BertConfig, BertModel, BertTokenizer
 
     words = Counter(word for text in texts for word in re.findall(r"\w+|[^\w\s]", text.lower()))
     letters = sorted({letter for word in words for letter in word})
     common = sorted(words, key=lambda word: (-words[word], word))[:VOCABULARY]
     pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *(f"##{letter}" for letter in letters), *common]
     vocabulary = {piece: number for number, piece in enumerate(dict.fromkeys(pieces))}
-    tokenizer = BertTokenizerFast(vocab=vocabulary, model_max_length=max_length)
+    tokenizer = BertTokenizer(vocab=vocabulary, model_max_length=max_length)
     fields = dict(hidden_size=256, num_hidden_layers=4, num_attention_heads=4, intermediate_size=1024) | overrides
     torch.manual_seed(seed)
     text_encoder = BertModel(BertConfig(vocab_size=len(vocabulary), max_position_embeddings=max_length, **fields))
-    text_encoder.pooler.requires_grad_(False)  # unused, but what loads a BertModel expects it
+    text_encoder.get_submodule("pooler").requires_grad_(False)  # unused, but what loads a BertModel expects it
     text_encoder.config.use_attention_mask = True
     return tokenizer, text_encoder
 

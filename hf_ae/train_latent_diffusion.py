@@ -10,6 +10,7 @@ import random
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -97,7 +98,7 @@ def train(args: LatentDiffusionArguments):
     output = Path(args.output_dir)
     resume_from = check_request(args, output)
     accelerator = make_accelerator(args, output)
-    base = load_pipeline(args.pretrained_pipeline) if args.pretrained_pipeline else None
+    base: Any = load_pipeline(args.pretrained_pipeline) if args.pretrained_pipeline else None
     vae = (load_vae(args.vae) if args.vae else base.vae.eval().requires_grad_(False)).to(accelerator.device)
     dataset, column, captions = load_captions(args)
     if accelerator.is_main_process:
@@ -168,8 +169,8 @@ def picture_processor(vae, image_size: int | None):
             )
         height = width = image_size
     channels, pixel_range = (vae.config.num_channels, vae.config.pixel_range) if ours else (vae.config.in_channels, [-1.0, 1.0])
-    size = {"height": height, "width": width}
-    return hf_ae.AutoencoderImageProcessor(size=size, num_channels=channels, pixel_range=list(pixel_range))
+    fields: dict = {"num_channels": channels, "pixel_range": list(pixel_range)}
+    return hf_ae.AutoencoderImageProcessor(size={"height": height, "width": width}, **fields)
 
 
 def load_captions(args):
@@ -240,7 +241,7 @@ def load_unet(args, base, latents: torch.Tensor, text_encoder, device):
     else:
         set_seed(args.seed)
         overrides = parse_overrides(args.unet_overrides)
-        unet = make_unet(latents.shape[1], tuple(latents.shape[2:]), text_encoder.config.hidden_size, overrides)
+        unet = make_unet(latents.shape[1], (latents.shape[2], latents.shape[3]), text_encoder.config.hidden_size, overrides)
     if torch.device(device).type == "cpu":  # torch's fused attention has a slow backward pass in bf16 there
         unet.set_attn_processor(AttnProcessor())
     if args.gradient_checkpointing:
