@@ -239,7 +239,7 @@ def main():
     for name in args.parts:
         metrics[name] = PARTS[name](pipe, emoji, features)
         print(f"{name}: {json.dumps(metrics[name])}", flush=True)
-    path.write_text(json.dumps(metrics | {"features": Features.name}, indent=2) + "\n")
+        path.write_text(json.dumps(metrics | {"features": Features.name}, indent=2) + "\n")
 
 
 if __name__ == "__main__":
