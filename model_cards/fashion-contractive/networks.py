@@ -203,12 +203,13 @@ def group_norm(channels: int) -> nn.GroupNorm:
 
 
 class ResnetEncoder(nn.Module):
-    """pixels -> stem -> residual blocks, halving between levels -> norm -> code"""
+    """pixels -> stem (on patches) -> residual blocks, halving between levels -> norm -> code"""
 
     def __init__(self, config, values_per_code: int):
         super().__init__()
         channels = config.hidden_sizes
-        self.stem = nn.Conv2d(config.num_channels, channels[0], 3, padding=1)
+        self.patch_size = config.patch_size
+        self.stem = nn.Conv2d(config.num_channels * config.patch_size**2, channels[0], 3, padding=1)
         self.layers = nn.ModuleList()
         for level, width in enumerate(channels):
             before = channels[max(level - 1, 0)]
@@ -220,7 +221,7 @@ class ResnetEncoder(nn.Module):
         self.to_code = FromFeatures(config, channels[-1], values_per_code)
 
     def forward(self, x):
-        x = self.stem(x)
+        x = self.stem(F.pixel_unshuffle(x, self.patch_size))
         for layer in self.layers:
             x = layer(x)
         return self.to_code(self.activation(self.norm(x))), []
@@ -241,10 +242,11 @@ class ResnetDecoder(nn.Module):
             for block in range(config.num_res_blocks):
                 self.layers.append(ResBlock(before if block == 0 else width, width, config.activation))
         self.norm, self.activation = group_norm(channels[-1]), ACTIVATIONS[config.activation]()
-        self.to_pixels = nn.Conv2d(channels[-1], config.num_channels, 3, padding=1)
+        self.patch_size = config.patch_size
+        self.to_pixels = nn.Conv2d(channels[-1], config.num_channels * config.patch_size**2, 3, padding=1)
 
     def forward(self, code, positions=()):
         x = self.from_code(code)
         for layer in self.layers:
             x = layer(x)
-        return self.to_pixels(self.activation(self.norm(x)))
+        return F.pixel_shuffle(self.to_pixels(self.activation(self.norm(x))), self.patch_size)

@@ -44,6 +44,9 @@ class AutoencoderConfig(PreTrainedConfig):
     """Applied to the code: `identity`, `sigmoid` or `relu`."""
     num_res_blocks: int | None = None
     """Residual blocks of each level (resnet, default 1)."""
+    patch_size: int | None = None
+    """Pixels of a square of this side enter and leave as channels of one position (resnet, default 1: no patches). With 4,
+    a network of several times the channels costs as much."""
     downsample: str | None = None
     """How conv halves: `stride` (default) or `maxpool`."""
     upsample: str | None = None
@@ -113,6 +116,7 @@ class AutoencoderConfig(PreTrainedConfig):
             self.upsample = self.upsample or "transpose"
         if self.network == "resnet":
             self.num_res_blocks = 1 if self.num_res_blocks is None else self.num_res_blocks
+            self.patch_size = 1 if self.patch_size is None else self.patch_size
 
     def check(self):
         """Raise ValueError where fields contradict each other."""
@@ -120,7 +124,7 @@ class AutoencoderConfig(PreTrainedConfig):
             raise ValueError("latent_dim (a vector code) and latent_channels (a spatial code) contradict each other: keep one.")
         sizes = {"image_size": self.image_hw, "num_channels": [self.num_channels], "hidden_sizes": self.hidden_sizes,
                  "latent_dim": [self.latent_dim or 1], "latent_channels": [self.latent_channels or 1],
-                 "num_res_blocks": [self.num_res_blocks or 1]}  # fmt: skip
+                 "num_res_blocks": [self.num_res_blocks or 1], "patch_size": [self.patch_size or 1]}  # fmt: skip
         for name, values in sizes.items():
             if min(values, default=1) < 1 or any(isinstance(v, float) for v in values) or getattr(self, name) == 0:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be positive whole numbers.")
@@ -132,8 +136,11 @@ class AutoencoderConfig(PreTrainedConfig):
             raise ValueError(
                 f"downsample and upsample belong to network='conv', not {self.network!r}: leave them out, or write network='conv'."
             )
-        if self.network != "resnet" and self.num_res_blocks is not None:
-            raise ValueError(f"num_res_blocks belongs to network='resnet', not {self.network!r}: leave it out, or write network='resnet'.")
+        for name in ("num_res_blocks", "patch_size"):
+            if self.network != "resnet" and getattr(self, name) is not None:
+                raise ValueError(f"{name} belongs to network='resnet', not {self.network!r}: leave it out, or write network='resnet'.")
+        if (self.patch_size or 1).bit_count() != 1:
+            raise ValueError(f"patch_size={self.patch_size} must be a power of two: 1, 2, 4, 8.")
         if self.network != "mlp" and not self.hidden_sizes:
             raise ValueError(f"network={self.network!r} needs at least one value in hidden_sizes, such as [32, 64].")
         if self.upsample == "unpool" and self.downsample != "maxpool":
@@ -148,9 +155,10 @@ class AutoencoderConfig(PreTrainedConfig):
         """Raise ValueError when the network cannot halve `height` × `width` as often as it has levels."""
         factor = self.downsampling
         if height % factor or width % factor:
+            patches = f", patch_size={self.patch_size}" if (self.patch_size or 1) > 1 else ""
             near = [[max(1, v // factor) * factor, (v // factor + 1) * factor] for v in (height, width)]
             raise ValueError(
-                f"image_size {height}×{width} does not divide by {factor} (hidden_sizes={self.hidden_sizes}): use multiples "
+                f"image_size {height}×{width} does not divide by {factor} (hidden_sizes={self.hidden_sizes}{patches}): use multiples "
                 f"of {factor}, such as {near[0][0]} or {near[0][1]} high and {near[1][0]} or {near[1][1]} wide, or fewer hidden_sizes."
             )
 
@@ -162,7 +170,9 @@ class AutoencoderConfig(PreTrainedConfig):
     @property
     def downsampling(self) -> int:
         """How many pixels high and wide one position of the encoder's last feature map is."""
-        return {"mlp": 1, "conv": 2 ** len(self.hidden_sizes), "resnet": 2 ** (len(self.hidden_sizes) - 1)}[self.network]
+        if self.network == "resnet":
+            return (self.patch_size or 1) * 2 ** (len(self.hidden_sizes) - 1)
+        return 2 ** len(self.hidden_sizes) if self.network == "conv" else 1
 
     @property
     def code_shape(self) -> list[int]:
@@ -180,7 +190,7 @@ class AutoencoderConfig(PreTrainedConfig):
     def block_out_channels(self) -> list[int]:
         """As diffusers counts levels: 2^(len - 1) pixels to a latent position."""
         levels = int(math.log2(self.downsampling)) + 1
-        return (self.hidden_sizes[:1] + self.hidden_sizes)[-levels:]
+        return self.hidden_sizes[:1] * (levels - len(self.hidden_sizes)) + self.hidden_sizes
 
 
 class SparseAutoencoderConfig(AutoencoderConfig):
