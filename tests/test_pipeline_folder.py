@@ -149,7 +149,8 @@ def test_without_the_package_from_a_folder_and_from_the_hub(saved, pictures, tmp
     with torch.no_grad():
         decoded = AutoModel.from_pretrained(saved, subfolder="vae").decode(torch.ones(1, 4, 8, 8)).sample.tolist()
     for found in (local, remote):
-        assert found["pictures"] == pictures and found["decoded"] == decoded
+        for name, expected in (("pictures", pictures), ("decoded", decoded)):  # threads may differ between the processes
+            assert torch.allclose(torch.tensor(found[name]), torch.tensor(expected), atol=1e-5), name
         assert found["module"].startswith("diffusers_modules.")
         assert "trust_remote_code=True" in found["refused"]
 
