@@ -209,8 +209,10 @@ def find_checkpoint(wanted: str | None, folder: Path) -> Path | None:
 
 
 def is_run(folder: Path) -> bool:
-    """Whether `folder` holds a model of this family or checkpoints of a run."""
+    """Whether `folder` holds a model of this family, a text-to-image pipeline or checkpoints of a run."""
     try:
+        if (folder / "model_index.json").is_file():
+            return "TextToImagePipeline" in json.loads((folder / "model_index.json").read_text()).get("_class_name", "")
         config = json.loads((folder / "config.json").read_text())
         return str(config.get("model_type", "")).startswith("hf_ae_")
     except (OSError, ValueError):

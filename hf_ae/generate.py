@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from .image_processing import open_image
+from .image_processing import open_image, to_mode
 from .plots import image_grid, labelled_rows
 
 DEFAULT = Path(__file__).resolve().parent.parent / "model_cards" / "emoji-text-to-image"
@@ -39,8 +39,6 @@ def load_pipeline(name: str | None = None, scheduler: str | None = None):
 
 def open_picture(path: Path) -> Image.Image:
     """An image file as RGB, transparency on white."""
-    from .image_processing import to_mode
-
     return to_mode(open_image(path), 3)
 
 

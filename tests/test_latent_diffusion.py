@@ -222,6 +222,14 @@ def test_a_pipeline_is_fine_tuned(arguments, tmp_path):
     assert TextToImagePipeline.from_pretrained(tmp_path / "moved").scheduler.config.prediction_type == "epsilon"
 
 
+def test_a_finished_pipeline_is_kept_unless_it_may_be_replaced(arguments, tmp_path):
+    train(arguments())
+    (tmp_path / "run" / "recipe.yaml").rename(tmp_path / "recipe.yaml")
+    with pytest.raises(ValueError, match="holds an earlier run"):
+        train(arguments())
+    train(arguments(overwrite_output_dir=True))
+
+
 def test_padding_does_not_change_what_a_masked_text_encoder_says():
     tokenizer, text_encoder = text_encoder_from_scratch(["red heart", "fire"] * 3, {"num_hidden_layers": 1}, 12, seed=0)
     short = {name: values[:, :4] for name, values in tokenize(tokenizer, ["red heart"], "cpu").items()}
