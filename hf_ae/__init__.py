@@ -8,6 +8,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModel
 from .configuration import (
     AutoencoderConfig,
     BetaVAEConfig,
+    CompressiveAutoencoderConfig,
     ContractiveAutoencoderConfig,
     DenoisingAutoencoderConfig,
     SparseAutoencoderConfig,
@@ -15,6 +16,7 @@ from .configuration import (
 )
 from .image_processing import AutoencoderImageProcessor
 from .modeling_autoencoder import AutoencoderModel
+from .modeling_compressive import CompressiveAutoencoderModel
 from .modeling_regularized import ContractiveAutoencoderModel, DenoisingAutoencoderModel, SparseAutoencoderModel
 from .modeling_vae import BetaVAEModel, VAEModel
 
@@ -29,6 +31,7 @@ MODELS = {
         ContractiveAutoencoderModel,
         VAEModel,
         BetaVAEModel,
+        CompressiveAutoencoderModel,
     )
 }
 """model_type -> model class, of every image variant."""
@@ -45,6 +48,8 @@ __all__ = [
     "AutoencoderModel",
     "BetaVAEConfig",
     "BetaVAEModel",
+    "CompressiveAutoencoderConfig",
+    "CompressiveAutoencoderModel",
     "ContractiveAutoencoderConfig",
     "ContractiveAutoencoderModel",
     "DenoisingAutoencoderConfig",

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from .image_processing import MODES
+from .image_processing import MODES, fit_array
 
 HELD_OUT = ("test", "validation", "valid", "val", "eval")
 """Names of the split that models are measured on, where none is asked for."""
@@ -82,12 +82,12 @@ class Decoder:
     """Rows of a dataset -> uint8 (num_channels, height, width), by the model's image processor.
 
     A row that cannot be read raises BrokenImageError with its number and file, or is counted in `skipped` and left out
-    where `skip_broken` says so.
+    where `skip_broken` says so. `keep_size` keeps each image's size; only images smaller than the model's are scaled up.
     """
 
-    def __init__(self, processor, skip_broken: bool = False):
+    def __init__(self, processor, skip_broken: bool = False, keep_size: bool = False):
         self.processor, self.skip_broken, self.skipped = processor, skip_broken, 0
-        self.target = processor.target_size()
+        self.target, self.keep_size = processor.target_size(), keep_size
 
     def __call__(self, numbered) -> np.ndarray | None:
         number, value = numbered
@@ -97,7 +97,9 @@ class Decoder:
                 value = value["bytes"] if value.get("bytes") is not None else value["path"]
             elif isinstance(value, list):
                 value = np.asarray(value)
-            array = self.processor.to_array(value, self.target)
+            array = self.processor.to_array(value, None if self.keep_size else self.target)
+            if self.keep_size:
+                array = fit_array(array, (max(self.target[0], array.shape[1]), max(self.target[1], array.shape[2])))
             return array if array.dtype == np.uint8 else (array * 255).round().astype(np.uint8)
         except (ValueError, TypeError, KeyError, OverflowError) as error:
             if self.skip_broken:
@@ -121,6 +123,8 @@ def undecoded(dataset, column: str):
 class ImagesInMemory:
     """All images of a split, decoded once: `pixels` is uint8 (images, num_channels, height, width)."""
 
+    keep_size = False
+
     def __init__(self, pixels: torch.Tensor):
         self.pixels = pixels
 
@@ -130,7 +134,7 @@ class ImagesInMemory:
         if processor.num_channels not in MODES and "Image" in str((dataset.features or {}).get(column)):
             raise ValueError(f"num_channels={processor.num_channels} does not fit image files, which have 1, 3 or 4 channels.")
         dataset = undecoded(dataset, column)
-        decode = Decoder(processor, skip_broken)
+        decode = Decoder(processor, skip_broken, cls.keep_size)
         if hasattr(dataset, "num_rows"):
             dataset = dataset if limit is None else dataset.select(range(min(limit, len(dataset))))
             values = (value for chunk in dataset.with_format("arrow")[:][column].chunks for value in chunk.to_pylist())
@@ -144,7 +148,11 @@ class ImagesInMemory:
             print(f"Skipped {decode.skipped} of {decode.skipped + len(kept)} images that cannot be read.")
         if not kept:
             raise ValueError("No image of this split can be read.")
-        return cls(torch.from_numpy(np.stack(kept)))
+        return cls.collect(kept, decode.target)
+
+    @classmethod
+    def collect(cls, arrays: list[np.ndarray], target: tuple[int, int]):
+        return cls(torch.from_numpy(np.stack(arrays)))
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -157,6 +165,34 @@ class ImagesInMemory:
         """uint8 batches of one epoch, in the order of `row_batches`."""
         for rows in row_batches(len(self), batch_size, epoch, **where):
             yield self.pixels[rows]
+
+
+class RandomCrops(ImagesInMemory):
+    """All images of a split at their own size; in each epoch one window of each, at a random place."""
+
+    keep_size = True
+
+    def __init__(self, images: list[torch.Tensor], size: tuple[int, int]):
+        self.images, self.size = images, size
+
+    @classmethod
+    def collect(cls, arrays, target):
+        return cls([torch.from_numpy(array) for array in arrays], target)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def batches(self, batch_size: int, epoch: int, **where) -> Iterator[torch.Tensor]:
+        """uint8 batches of windows; the place of a window is fixed by the seed, the epoch and the image."""
+        draw = torch.Generator().manual_seed(1_000_003 * where.get("seed", 0) + epoch)
+        places = torch.rand(len(self), 2, generator=draw).tolist()
+        for rows in row_batches(len(self), batch_size, epoch, **where):
+            yield torch.stack([self._window(self.images[row], *places[row]) for row in rows.tolist()])
+
+    def _window(self, image: torch.Tensor, down: float, right: float) -> torch.Tensor:
+        height, width = self.size
+        top, left = int(down * (image.shape[1] - height + 1)), int(right * (image.shape[2] - width + 1))
+        return image[:, top : top + height, left : left + width]
 
 
 def num_batches(rows: int, batch_size: int, processes: int = 1) -> int:

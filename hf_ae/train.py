@@ -27,6 +27,7 @@ from hf_ae.arguments import (
 from hf_ae.data import (
     ImagesInMemory,
     ImageStream,
+    RandomCrops,
     batch_for,
     binarized_once,
     held_out_name,
@@ -51,6 +52,7 @@ class ImageTrainingArguments(TrainingArguments):
     streaming: bool = flag(False, "Read images as they are needed instead of decoding all into memory.")
     shuffle_buffer_size: int = flag(1000, "Encoded images to draw from when streaming.")
     skip_broken_images: bool = flag(False, "Leave out images that cannot be read, instead of stopping.")
+    random_crop: bool = flag(False, "Cut a window of the model's size out of each image, at a random place, instead of scaling it.")
     random_flip: bool = flag(False, "Mirror half of the images.")
     random_symmetry: bool = flag(False, "Turn and mirror images: one of the eight symmetries of the square for each (square images).")
     random_colors: bool = flag(False, "Shuffle the colour channels of two images in three.")
@@ -123,6 +125,8 @@ def check_request(args, output: Path) -> Path | None:
         raise ValueError("Which dataset? Write --dataset_name with a Hub id or a folder.")
     if args.streaming and args.max_train_steps is None:
         raise ValueError("A stream has no known length: write --max_train_steps.")
+    if args.streaming and args.random_crop:
+        raise ValueError("random_crop needs the images in memory: leave out --streaming.")
     if args.push_to_hub:
         check_login()
     check_output_dir(output, args.overwrite_output_dir, args.resume_from_checkpoint is not None)
@@ -141,7 +145,8 @@ def load_images(args, processor, quiet: bool):
     if args.streaming:
         images = ImageStream(dataset, column, processor, args.skip_broken_images, limit, args.shuffle_buffer_size)
     else:
-        images = ImagesInMemory.load(dataset, column, processor, args.skip_broken_images, limit, progress)
+        kind = RandomCrops if args.random_crop else ImagesInMemory
+        images = kind.load(dataset, column, processor, args.skip_broken_images, limit, progress)
     name = args.eval_split or held_out_name(parts)
     if not args.validation_epochs or name is None:
         if args.validation_epochs and not quiet:
