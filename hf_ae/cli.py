@@ -1,4 +1,4 @@
-"""The command line: hf-ae demo | evaluate | reconstruct | generate | push."""
+"""The command line: hf-ae demo | evaluate | reconstruct | compress | decompress | roundtrip | generate | push."""
 
 from __future__ import annotations
 
@@ -13,6 +13,9 @@ from .arguments import one_line_errors
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 
 Model = Annotated[str, typer.Option("--model", help="Folder or Hub id of a model.")]
+ImageFile = Annotated[Path, typer.Argument(help="Image file.")]
+Quality = Annotated[float | None, typer.Option("--quality", help="0 (smallest files) to 1; default: the model's.")]
+Palette = Annotated[bool, typer.Option("--palette", help="256 colours of latents with error diffusion (models not made for compression).")]
 
 
 def main(argv: list[str] | None = None):
@@ -83,6 +86,49 @@ def reconstruct(
 
 
 @app.command()
+def compress(
+    image: ImageFile,
+    model: Model,
+    output: Annotated[Path, typer.Option("-o", "--output", help="File to write, *.hfae.")],
+    quality: Quality = None,
+    palette: Palette = False,
+):
+    """Compress an image with an autoencoder into a small file that names the model."""
+    from . import codec
+
+    check_folder_of(output)
+    data = codec.compress(codec.load_codec_model(model), image, quality, palette, model_id=model)
+    output.write_bytes(data)
+    print(f"Written: {output}, {len(data):,} bytes")
+
+
+@app.command()
+def decompress(
+    file: Annotated[Path, typer.Argument(help="A file that hf-ae compress wrote.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Picture to write.")],
+    model: Annotated[str | None, typer.Option("--model", help="Folder or Hub id; default: the model that the file names.")] = None,
+):
+    """Turn a compressed file back into a picture."""
+    from . import codec
+
+    check_writable(output)
+    if not file.is_file():
+        raise ValueError(f"The file {file} does not exist.")
+    picture = codec.decompress(file.read_bytes(), None if model is None else codec.load_codec_model(model))
+    picture.save(output)
+    print(f"Written: {output}, {picture.width}×{picture.height} pixels")
+
+
+@app.command()
+def roundtrip(image: ImageFile, model: Model, quality: Quality = None, palette: Palette = False):
+    """Compress and decompress an image; print bytes, bits per pixel and PSNR."""
+    from . import codec
+
+    size, psnr, pixels = codec.roundtrip(codec.load_codec_model(model), image, quality, palette)
+    print(f"{image}: {size:,} bytes, {8 * size / pixels:.3f} bits per pixel, PSNR {psnr:.2f} dB")
+
+
+@app.command()
 def generate(
     prompt: Annotated[str, typer.Argument(help="What to draw.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="Picture to write; several are put on one sheet.")] = Path("picture.png"),
@@ -148,6 +194,13 @@ def check_writable(path: Path):
 
     if path.suffix.lower() not in Image.registered_extensions():
         raise ValueError(f"{path} has no ending of a picture, such as .png.")
+    check_folder_of(path)
+
+
+def check_folder_of(path: Path):
+    """Raise ValueError unless a file can be written at `path`."""
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder.")
     if not path.resolve().parent.is_dir():
         raise ValueError(f"The folder of {path} does not exist.")
 

@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from .configuration import CompressiveAutoencoderConfig
-from .entropy_models import QUALITY_ANCHORS, QUALITY_LEVELS, Hyperprior, Quantized, QualityTable
+from .entropy_models import QUALITY_ANCHORS, QUALITY_LEVELS, Hyperprior, QualityTable, Quantized
 from .modeling_autoencoder import AutoencoderModel, AutoencoderOutput, EncoderOutput, with_offload_hook
 
 
