@@ -39,7 +39,7 @@ def evaluate(
     image_column: Annotated[str | None, typer.Option("--image_column", help="Default: the only one with images.")] = None,
     split: Annotated[str | None, typer.Option("--split", help="Split to measure on; default: test or validation.")] = None,
     train_split: Annotated[str, typer.Option("--train_split", help="Split to fit PCA on.")] = "train",
-    tasks: Annotated[str | None, typer.Option("--tasks", help="reconstruction,likelihood; default: what applies.")] = None,
+    tasks: Annotated[str | None, typer.Option("--tasks", help="reconstruction,likelihood,compression; default: what applies.")] = None,
     samples: Annotated[int, typer.Option("--samples", min=1, help="Importance samples an image for the likelihood.")] = 100,
     max_images: Annotated[int | None, typer.Option("--max_images", min=1, help="Measure the first images only.")] = None,
     binarize: Annotated[bool, typer.Option("--binarize", help="One fixed 0/1 draw of each pixel.")] = False,
@@ -56,6 +56,8 @@ def evaluate(
     if "likelihood" in metrics:
         b = metrics["likelihood"]
         print(f"{'likelihood':10}  elbo {b['elbo']:.3f}  bound {b['log_likelihood_bound']:.3f} nats ({b['model']}, {b['samples']} samples)")
+    for quality, values in metrics.get("compression", {}).get("qualities", {}).items():
+        print(f"quality {quality:4}  {values['bytes']:.0f} bytes  {values['bpp']:.4f} bits per pixel  PSNR {values['psnr']:.2f} dB")
     if Path(model).is_dir():
         print(f"Written to {model}: metrics.json, the card README.md and its pictures")
 

@@ -22,10 +22,12 @@ from .data import (
     to_pixel_values,
 )
 from .hub import read_json, write_card
+from .image_processing import open_image, to_mode
 from .metrics import importance_weighted_bound, pca_reconstruction, reconstruction_metrics
 from .plots import labelled_rows, latent_plane
 
-TASKS = ("reconstruction", "likelihood")
+TASKS = ("reconstruction", "likelihood", "compression")
+QUALITIES = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
 def load_model(name):
@@ -74,7 +76,7 @@ class Request:
     train_split: str = "train"
     """Split that PCA is fitted on."""
     tasks: str | None = None
-    """Comma-separated: reconstruction, likelihood. Default: all that apply to the model and the data."""
+    """Comma-separated: reconstruction, likelihood, compression. Default: all that apply to the model and the data."""
     samples: int = 100
     """Importance samples an image, for the likelihood."""
     max_images: int | None = None
@@ -96,8 +98,8 @@ def evaluate(model, dataset_name: str, save: bool = True, **options) -> dict:
     """Measure a model (folder or Hub id) on a dataset; `options` are the other fields of `Request`.
 
     reconstruction: error, PSNR and SSIM, beside PCA with as many components; for a denoising model also from damaged
-    images. likelihood (VAEs): bounds on log p(x). Returns what metrics.json holds; in a local folder it also writes
-    metrics.json, pictures and the card.
+    images. likelihood (VAEs): bounds on log p(x). compression (compressive models): files at five qualities. Returns what
+    metrics.json holds; in a local folder it also writes metrics.json, pictures and the card.
     """
     request = Request(str(model), str(dataset_name), **options)
     asked = [t.strip() for t in request.tasks.split(",") if t.strip()] if request.tasks else list(TASKS)
@@ -132,6 +134,8 @@ def evaluate(model, dataset_name: str, save: bool = True, **options) -> dict:
             rows = {"original": images[:12], **denoised(loaded, images, metrics)}
     if "likelihood" in tasks:
         metrics["likelihood"] = likelihood(loaded, pixels, request.samples)
+    if "compression" in tasks:
+        metrics["compression"] = compression(loaded, dataset, column, min(request.max_images or 500, len(dataset)))
     if save and Path(model).is_dir():
         save_results(Path(model), loaded, metrics, rows, dataset, images)
     return metrics
@@ -139,6 +143,10 @@ def evaluate(model, dataset_name: str, save: bool = True, **options) -> dict:
 
 def applicable(model, request: Request, asked: list[str]) -> list[str]:
     """The tasks that this model and request allow. One that was asked for by name and does not fit is an error."""
+    if not hasattr(model.config, "lambda_range"):
+        if request.tasks and "compression" in asked:
+            raise ValueError("No compression: it needs a model that was trained for it, hf_ae_compressive.")
+        asked = [task for task in asked if task != "compression"]
     reason = None
     if not hasattr(model.config, "kl_weight"):
         reason = "it needs a variational autoencoder"
@@ -202,6 +210,18 @@ def likelihood(model, pixels: torch.Tensor, samples: int) -> dict:
         "samples": samples,
         "images": len(pixels),
     }
+
+
+def compression(model, dataset, column: str, count: int) -> dict:
+    """Whole files of the first `count` pictures, at their own size and five qualities: means of bytes, bits per pixel, PSNR."""
+    from .codec import roundtrip
+
+    rows = {}
+    for quality in tqdm(QUALITIES, desc="compression", mininterval=1.0, leave=False):
+        pictures = (to_mode(open_image(dataset[i][column]), model.config.num_channels) for i in range(count))
+        results = torch.tensor([(size, 8 * size / pixels, psnr) for size, psnr, pixels in (roundtrip(model, p, quality) for p in pictures)])
+        rows[f"{quality:g}"] = dict(zip(("bytes", "bpp", "psnr"), results.double().mean(0).tolist()))
+    return {"images": count, "qualities": rows}
 
 
 def save_results(folder: Path, model, metrics: dict, rows: dict, dataset, images):

@@ -147,6 +147,11 @@ def results_section(metrics: dict) -> str:
             f"\n\nLog-likelihood under {bound['model']}: evidence lower bound {bound['elbo']:.2f} nats, importance-weighted bound "
             f"{bound['log_likelihood_bound']:.2f} nats ({bound['samples']:,} samples, {bound['images']:,} images)."
         )
+    if "compression" in metrics:
+        text += f"\n\nWhole files of {metrics['compression']['images']:,} pictures at their own size, means:\n\n"
+        text += "| quality | bytes | bits per pixel | PSNR (dB) |\n| ---: | ---: | ---: | ---: |\n"
+        qualities = metrics["compression"]["qualities"].items()
+        text += "\n".join(f"| {q} | {v['bytes']:,.0f} | {v['bpp']:.3f} | {v['psnr']:.2f} |" for q, v in qualities)
     return text + "\n\nPrinted by\n\n```\n" + metrics["command"] + "\n```"
 
 

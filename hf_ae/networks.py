@@ -263,21 +263,19 @@ class DCT(nn.Conv2d):
     """
 
     def __init__(self, channels: int, side: int, values: int, inverse: bool = False):
-        self.shape = (channels, side, side)
+        self.shape, self.inverse = (channels, side, side), inverse
         pixels = channels * side**2
         super().__init__(values if inverse else pixels, pixels if inverse else values, 1, bias=False)
 
     def reset_parameters(self):
-        channels, side, _ = self.shape
-        pixels = channels * side**2
-        wanted = self.in_channels if self.in_channels != pixels else self.out_channels
+        pixels, wanted = math.prod(self.shape), self.in_channels if self.inverse else self.out_channels
         c, u, v = torch.meshgrid(*(torch.arange(n) for n in self.shape), indexing="ij")
         order = ((u**2 + v**2) * torch.where(c > 0, 4, 1)).flatten().argsort(stable=True)[:wanted]
         bases = [dct_matrix(n) for n in self.shape]
         rows = torch.einsum("ax,by,cz->abcxyz", *bases).reshape(pixels, pixels)[order]
         basis = F.pad(rows, (0, 0, 0, wanted - len(rows)))
         with torch.no_grad():
-            self.weight.copy_((basis if self.out_channels == wanted else basis.T)[:, :, None, None])
+            self.weight.copy_((basis.T if self.inverse else basis)[:, :, None, None])
 
 
 def dct_matrix(size: int) -> torch.Tensor:
