@@ -34,8 +34,8 @@ MODES = ("L", "RGB")
 MAX_PIXELS = 2**26
 """Larger pictures are refused before anything is allocated."""
 FINGERPRINT_BYTES = 4
-ESCAPE_LIMIT = 2**15
-"""Escaped symbols take 16 bits: they lie in -32768 … 32767."""
+ESCAPE_LIMIT, ESCAPE_DIGITS = 2**15, 18
+"""Symbols lie in -32767 … 32767; twice that and a sign has 0 … 17 binary digits."""
 
 
 class CorruptFileError(ValueError):
@@ -136,7 +136,8 @@ class SymbolTables:
         """`weights[t][i]` is the weight of the symbol `first[t] + i` in table t; with `escape` the last weight stands for all
         other symbols."""
         stream = constriction_stream()
-        self.models = [stream.model.Categorical(w.astype(np.float64), perfect=False) for w in weights]
+        at_least_two = [w if len(w) > 1 else np.array([w[0], 1]) for w in weights]
+        self.models = [stream.model.Categorical(w.astype(np.float64), perfect=False) for w in at_least_two]
         self.first, self.sizes, self.escape = first, [len(w) for w in weights], escape
 
     @classmethod
@@ -152,7 +153,6 @@ class SymbolEncoder:
     def __init__(self):
         self.stream = constriction_stream()
         self.coder = self.stream.queue.RangeEncoder()
-        self.raw = self.stream.model.Uniform(2 * ESCAPE_LIMIT)
 
     def encode(self, symbols: np.ndarray, table: np.ndarray | int, tables: SymbolTables):
         """Append `symbols`; `table` says which of `tables` each is coded with (or all are)."""
@@ -167,10 +167,18 @@ class SymbolEncoder:
             beyond = (index < 0) | (index >= last)
             self.coder.encode(np.where(beyond, last, index).astype(np.int32), tables.models[number])
             if beyond.any():
-                raw = symbols[where].astype(np.int64)[beyond] + ESCAPE_LIMIT
-                if raw.min() < 0 or raw.max() >= 2 * ESCAPE_LIMIT:
-                    raise ValueError("The code of this picture has values beyond 32767 quantization steps: the model is broken.")
-                self.coder.encode(raw.astype(np.int32), self.raw)
+                self._escape(symbols[where].astype(np.int64)[beyond], -tables.first[number])
+
+    def _escape(self, symbols: np.ndarray, reach: int):
+        """Symbols beyond ±reach: how many binary digits their excess has, then these digits."""
+        if np.abs(symbols).max() >= ESCAPE_LIMIT:
+            raise ValueError("The code of this picture has values beyond 32767 quantization steps: the model is broken.")
+        excess = 2 * (np.abs(symbols) - reach - 1) + (symbols < 0)
+        digits = np.frexp(excess.astype(np.float64))[1]
+        self.coder.encode(digits.astype(np.int32), self.stream.model.Uniform(ESCAPE_DIGITS))
+        for count in np.unique(digits[digits > 1]).tolist():
+            low = excess[digits == count] - (1 << count - 1)
+            self.coder.encode(low.astype(np.int32), self.stream.model.Uniform(1 << count - 1))
 
     def finish(self) -> bytes:
         return self.coder.get_compressed().astype(">u4").tobytes().rstrip(b"\0")
@@ -183,7 +191,6 @@ class SymbolDecoder:
         self.stream = constriction_stream()
         words = np.frombuffer(data + bytes(8 + -len(data) % 4), ">u4").astype(np.uint32)
         self.coder = self.stream.queue.RangeDecoder(words)
-        self.raw = self.stream.model.Uniform(2 * ESCAPE_LIMIT)
 
     def decode(self, count: int, table: np.ndarray | int, tables: SymbolTables) -> np.ndarray:
         """The next `count` symbols, int32. Raises CorruptFileError where no encoder can have written the data."""
@@ -191,14 +198,24 @@ class SymbolDecoder:
         try:
             for number, where in groups((count,), table):
                 index = self.coder.decode(tables.models[number], int(symbols[where].size))
+                if len(index) and index.max() >= tables.sizes[number]:
+                    raise ValueError("a symbol without a table entry")
                 values = index + np.int32(tables.first[number])
                 beyond = index == tables.sizes[number] - 1
                 if tables.escape and beyond.any():
-                    values[beyond] = self.coder.decode(self.raw, int(beyond.sum())) - ESCAPE_LIMIT
+                    values[beyond] = self._escaped(int(beyond.sum()), -tables.first[number])
                 symbols[where] = values
         except (AssertionError, ValueError) as error:
             raise CorruptFileError(f"The file is damaged: its symbols cannot be decoded ({error}).") from None
         return symbols
+
+    def _escaped(self, count: int, reach: int) -> np.ndarray:
+        digits = self.coder.decode(self.stream.model.Uniform(ESCAPE_DIGITS), count)
+        excess = (digits == 1).astype(np.int64)
+        for number in np.unique(digits[digits > 1]).tolist():
+            low = self.coder.decode(self.stream.model.Uniform(1 << number - 1), int((digits == number).sum()))
+            excess[digits == number] = low + (1 << number - 1)
+        return np.where(excess % 2, -1, 1) * (excess // 2 + reach + 1)
 
 
 def groups(shape, table: np.ndarray | int):
