@@ -114,7 +114,7 @@ def prepare_picture(image, channels: int) -> Image.Image:
     """Any image -> a PIL image of mode L or RGB that a model of so many channels can code."""
     picture = open_image(image)
     may_be_transparent = picture.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in picture.info
-    if may_be_transparent and picture.convert("RGBA").getextrema()[3][0] < 255:
+    if may_be_transparent and picture.convert("RGBA").getchannel("A").getextrema() != (255, 255):
         raise ValueError(
             "The picture is transparent, and this format keeps no transparency: lay it on a background first, such as "
             "PIL.Image.alpha_composite(Image.new('RGBA', picture.size, 'white'), picture)."

@@ -119,7 +119,7 @@ def write_hyperprior(model, pixels: torch.Tensor, quality: float | None) -> byte
         z = quantized.hyper_symbols[0].cpu().numpy().astype(np.int32)
         coder.encode(z.ravel(), np.arange(len(z)).repeat(z[0].size), z_tables)
         for step in range(2):
-            mask = checkerboard(*quantized.symbols.shape[2:], step, code.device)
+            mask = checkerboard(rows.stop - rows.start, columns.stop - columns.start, step, code.device)
             symbols, index = (
                 part[0][:, mask].cpu().numpy().ravel().astype(np.int32) for part in (quantized.symbols, quantized.scale_index)
             )
@@ -148,7 +148,7 @@ def read_hyperprior(model, file: File) -> torch.Tensor:
             mean, index = (part[0][:, mask] for part in prior.parameters_of(features, values, step))
             symbols = decoder.decode(index.numel(), index.cpu().numpy().ravel().astype(np.int32), y_tables)
             values[0, :, mask] = mean + torch.from_numpy(symbols).to(mean).view_as(mean)
-        latents[..., rows, columns] = model.dequantize(values, level)
+        latents[..., rows, columns] = model.to_latents(values, level)
     return decode_tiles(model, latents)
 
 
@@ -179,7 +179,8 @@ def groups_of(latents: torch.Tensor) -> torch.Tensor:
 def moments(values: torch.Tensor) -> tuple[bytes, torch.Tensor, torch.Tensor]:
     """Mean and standard deviation of each group, as bytes and as they will be read."""
     data = torch.stack([values.mean(1), values.std(1, correction=0).clamp(1e-4, 6e4)], 1).numpy().astype("<f2")
-    return bytes([len(data)]) + data.tobytes(), *torch.from_numpy(data.astype(np.float32)).unbind(1)
+    mean, std = torch.from_numpy(data.astype(np.float32)).unbind(1)
+    return bytes([len(data)]) + data.tobytes(), mean, std
 
 
 def read_moments(model, file: File, reader: Reader):

@@ -101,6 +101,7 @@ class ExactConv2d(nn.Conv2d):
 
     def forward(self, x):
         dtype = torch.float32 if self.training else torch.float64
+        assert self.bias is not None
         weight, bias = (fixed_point(p.to(dtype), WEIGHT_BITS, WEIGHT_LIMIT) for p in (self.weight, self.bias))
         with torch.autocast(x.device.type, enabled=False):
             x = F.conv2d(x.to(dtype), weight, bias, padding=self.padding)

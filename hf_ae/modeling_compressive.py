@@ -141,7 +141,7 @@ class CompressiveAutoencoderModel(AutoencoderModel):
         """The code in quantization steps, rounded around its predicted means, with what the entropy coder needs."""
         return self.hyperprior(code / self.log_steps(level).exp(), level)
 
-    def dequantize(self, values: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
+    def to_latents(self, values: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
         """Code in quantization steps -> latents."""
         return values.float() * self.log_steps(level).exp()
 
@@ -153,7 +153,7 @@ class CompressiveAutoencoderModel(AutoencoderModel):
         code = self.analyse(pixel_values)
         level = self.levels(quality, len(code))
         quantized = self.quantize(code, level)
-        latents = self.dequantize(quantized.values, level).to(self.dtype)
+        latents = self.to_latents(quantized.values, level).to(self.dtype)
         return CompressiveEncoderOutput(latents=latents, level=level, **{k: v for k, v in quantized._asdict().items() if k != "values"})
 
     def _to_pixels(self, logits):
