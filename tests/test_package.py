@@ -76,7 +76,7 @@ def test_importing_costs_little_more_than_torch_and_transformers():
     base = "import torch; from transformers import PreTrainedModel"
     ratios = [seconds(base + "; import hf_ae") / seconds(base) for _ in range(5)]
     assert statistics.median(ratios) <= 1.15, ratios
-    heavy = ("datasets", "diffusers", "sklearn", "matplotlib", "gradio", "torchmetrics", "typer")
+    heavy = ("datasets", "diffusers", "sklearn", "matplotlib", "gradio", "torchmetrics", "typer", "constriction")
     code = f"import hf_ae, sys; print([m for m in {heavy} if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
 
@@ -96,6 +96,8 @@ def test_no_module_imports_against_the_direction():
         "corruptions",
         "arguments",
         "tiling",
+        "entropy_models",
+        "bitstream",
         "plots",
         "metrics",
         "image_processing",

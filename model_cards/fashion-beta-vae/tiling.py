@@ -31,7 +31,7 @@ def tiled(function, x: torch.Tensor, tile: int, scale: int, down: bool) -> torch
             rows, columns = slice(out(top), out(top) + y.shape[-2]), slice(out(left), out(left) + y.shape[-1])
             total[..., rows, columns] += y.float() * window
             weight[rows, columns] += window
-    return (total / weight).to(x.dtype)
+    return (total / weight).to(y.dtype)
 
 
 def starts(size: int, tile: int, overlap: int) -> list[int]:

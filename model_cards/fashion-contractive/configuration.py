@@ -15,6 +15,9 @@ _FRAMEWORK_KEYS = {
     "output_attentions", "num_labels", "use_cache", "quantization_config",
 }  # fmt: skip
 
+_RESIDUAL = ("resnet", "transform")
+"""Networks of residual blocks, on patches."""
+
 
 class AutoencoderConfig(PreTrainedConfig):
     """Configuration of [`AutoencoderModel`], and the fields that every image variant shares.
@@ -107,14 +110,14 @@ class AutoencoderConfig(PreTrainedConfig):
     def fill_defaults(self):
         """Fill what depends on other fields."""
         if self.latent_dim is None and self.latent_channels is None:
-            if self.network == "resnet":
+            if self.network in _RESIDUAL:
                 self.latent_channels = 4
             else:
                 self.latent_dim = 32
         if self.network == "conv":
             self.downsample = self.downsample or "stride"
             self.upsample = self.upsample or "transpose"
-        if self.network == "resnet":
+        if self.network in _RESIDUAL:
             self.num_res_blocks = 1 if self.num_res_blocks is None else self.num_res_blocks
             self.patch_size = 1 if self.patch_size is None else self.patch_size
 
@@ -137,7 +140,7 @@ class AutoencoderConfig(PreTrainedConfig):
                 f"downsample and upsample belong to network='conv', not {self.network!r}: leave them out, or write network='conv'."
             )
         for name in ("num_res_blocks", "patch_size"):
-            if self.network != "resnet" and getattr(self, name) is not None:
+            if self.network not in _RESIDUAL and getattr(self, name) is not None:
                 raise ValueError(f"{name} belongs to network='resnet', not {self.network!r}: leave it out, or write network='resnet'.")
         if (self.patch_size or 1).bit_count() != 1:
             raise ValueError(f"patch_size={self.patch_size} must be a power of two: 1, 2, 4, 8.")
@@ -170,7 +173,7 @@ class AutoencoderConfig(PreTrainedConfig):
     @property
     def downsampling(self) -> int:
         """How many pixels high and wide one position of the encoder's last feature map is."""
-        if self.network == "resnet":
+        if self.network in _RESIDUAL:
             return (self.patch_size or 1) * 2 ** (len(self.hidden_sizes) - 1)
         return 2 ** len(self.hidden_sizes) if self.network == "conv" else 1
 
@@ -319,6 +322,68 @@ class BetaVAEConfig(VAEConfig):
             raise ValueError("objective='total_correlation' needs a vector code: write latent_dim.")
         if self.capacity_steps is not None and self.capacity_steps < 1:
             raise ValueError(f"capacity_steps={self.capacity_steps} must be at least 1.")
+
+
+class CompressiveAutoencoderConfig(AutoencoderConfig):
+    """Configuration of [`CompressiveAutoencoderModel`]. The defaults suit photos: 192 channels at 1/16 of the resolution."""
+
+    model_type = "hf_ae_compressive"
+
+    image_size: int | list[int] = 256
+    """Height and width in training; the model takes any size."""
+    num_channels: int = 3
+    """1 gray or 3 RGB."""
+    network: str = "transform"
+    """`transform`: a linear transform of patches that starts as a DCT, plus residual blocks without norm."""
+    hidden_sizes: list[int] = field(default_factory=lambda: [64, 96, 128])
+    """Channels of each level, from `patch_size` on; each after the first halves."""
+    activation: str = "relu"
+    """`relu`, `gelu` or `silu`."""
+    latent_channels: int | None = 192
+    """Channels of the code."""
+    patch_size: int | None = 4
+    """The residual part begins on squares of this side: the code's stride is `patch_size`·2^(len(hidden_sizes) - 1) pixels."""
+    num_res_blocks: int | None = 2
+    """Residual blocks of each level."""
+    hyper_channels: list[int] = field(default_factory=lambda: [96, 64])
+    """Channels inside the hyperprior's networks, and of the hyper-latents (1/4 of the code's height and width)."""
+    reconstruction_loss: str = "mse"
+    """The distortion: `mse` (times 255²), or `ms_ssim` (1 - MS-SSIM; images of at least 161 pixels)."""
+    lambda_range: list[float] = field(default_factory=lambda: [0.0012, 0.06])
+    """λ of the loss bits per pixel + λ·distortion, at quality 0 and at quality 1; its logarithm is linear between."""
+    quality: float = 0.5
+    """0 (smallest files) to 1: what `encode` and the codec take where none is asked for. In training it is drawn at random."""
+
+    choices = {
+        **AutoencoderConfig.choices,
+        "network": ("transform",),
+        "activation": ("relu", "gelu", "silu"),
+        "latent_activation": ("identity",),
+        "reconstruction_loss": ("mse", "ms_ssim"),
+    }
+
+    def check(self):
+        super().check()
+        if self.latent_channels is None:
+            raise ValueError("hf_ae_compressive has a spatial code: write latent_channels, not latent_dim.")
+        if self.num_channels not in (1, 3):
+            raise ValueError(f"num_channels={self.num_channels} must be 1 (gray) or 3 (RGB) here.")
+        if len(self.hyper_channels) != 2 or not all(1 <= width <= 1024 for width in self.hyper_channels):
+            raise ValueError(f"hyper_channels={self.hyper_channels} must be two whole numbers from 1 to 1024, such as [96, 64].")
+        if len(self.lambda_range) != 2 or not 0 < self.lambda_range[0] < self.lambda_range[1] < math.inf:
+            raise ValueError(f"lambda_range={self.lambda_range} must be two rising positive numbers, such as [0.0012, 0.06].")
+        if not 0 <= self.quality <= 1:
+            raise ValueError(f"quality={self.quality} must lie between 0 and 1.")
+        if self.reconstruction_loss == "ms_ssim" and min(self.image_hw) < 161:
+            raise ValueError(f"reconstruction_loss='ms_ssim' needs an image_size of at least 161, not {self.image_size}: write 'mse'.")
+
+    def check_size(self, height: int, width: int):
+        """Any size works: pictures are padded."""
+
+    @property
+    def code_shape(self) -> list[int]:
+        """Shape of the code of one image: `[latent_channels, height, width]`."""
+        return [self.latent_channels or 0, *(-(-size // self.downsampling) for size in self.image_hw)]
 
 
 def _listed(values) -> str:

@@ -1,4 +1,4 @@
-"""Encoders and decoders: mlp, conv, resnet.
+"""Encoders and decoders: mlp, conv, resnet, transform.
 
 An encoder maps `pixel_values` (batch, channels, height, width) to `(code, positions)`: the code before the bottleneck,
 and the positions that max-pooling remembered, finest first (an empty list where there are none). A decoder maps a code
@@ -21,12 +21,14 @@ ACTIVATIONS = {"sigmoid": nn.Sigmoid, "relu": nn.ReLU, "gelu": nn.GELU, "silu": 
 
 def build_encoder(config, values_per_code: int = 1) -> nn.Module:
     """The encoder that `config` asks for, with `values_per_code` outputs for each value of the code."""
-    return {"mlp": MLPEncoder, "conv": ConvEncoder, "resnet": ResnetEncoder}[config.network](config, values_per_code)
+    kinds = {"mlp": MLPEncoder, "conv": ConvEncoder, "resnet": ResnetEncoder, "transform": TransformEncoder}
+    return kinds[config.network](config, values_per_code)
 
 
 def build_decoder(config) -> nn.Module:
     """The mirrored decoder."""
-    return {"mlp": MLPDecoder, "conv": ConvDecoder, "resnet": ResnetDecoder}[config.network](config)
+    kinds = {"mlp": MLPDecoder, "conv": ConvDecoder, "resnet": ResnetDecoder, "transform": TransformDecoder}
+    return kinds[config.network](config)
 
 
 class MLPLayer(GradientCheckpointingLayer):
@@ -186,10 +188,11 @@ class ConvDecoder(nn.Module):
 class ResBlock(GradientCheckpointingLayer):
     """x + convolution(activation(norm(·))) twice, with a 1×1 shortcut where channels change."""
 
-    def __init__(self, inputs: int, outputs: int, activation: str):
+    def __init__(self, inputs: int, outputs: int, activation: str, normalize: bool = True):
         super().__init__()
-        self.norm1, self.conv1 = group_norm(inputs), nn.Conv2d(inputs, outputs, 3, padding=1)
-        self.norm2, self.conv2 = group_norm(outputs), nn.Conv2d(outputs, outputs, 3, padding=1)
+        norm = group_norm if normalize else nn.Identity
+        self.norm1, self.conv1 = norm(inputs), nn.Conv2d(inputs, outputs, 3, padding=1)
+        self.norm2, self.conv2 = norm(outputs), nn.Conv2d(outputs, outputs, 3, padding=1)
         self.activation = ACTIVATIONS[activation]()
         self.shortcut = nn.Conv2d(inputs, outputs, 1) if inputs != outputs else nn.Identity()
 
@@ -250,3 +253,103 @@ class ResnetDecoder(nn.Module):
         for layer in self.layers:
             x = layer(x)
         return F.pixel_shuffle(self.to_pixels(self.activation(self.norm(x))), self.patch_size)
+
+
+class DCT(nn.Conv2d):
+    """A linear map of patches to `values` numbers each, that starts as their lowest frequencies.
+
+    The basis is the orthonormal DCT-II over channels, rows and columns; the frequencies with the smallest
+    (row² + column²)·(1 + 3·[not the mean of the channels]) come first. `inverse` starts as the transpose.
+    """
+
+    def __init__(self, channels: int, side: int, values: int, inverse: bool = False):
+        self.shape, self.inverse = (channels, side, side), inverse
+        pixels = channels * side**2
+        super().__init__(values if inverse else pixels, pixels if inverse else values, 1, bias=False)
+
+    def reset_parameters(self):
+        pixels, wanted = math.prod(self.shape), self.in_channels if self.inverse else self.out_channels
+        c, u, v = torch.meshgrid(*(torch.arange(n) for n in self.shape), indexing="ij")
+        order = ((u**2 + v**2) * torch.where(c > 0, 4, 1)).flatten().argsort(stable=True)[:wanted]
+        bases = [dct_matrix(n) for n in self.shape]
+        rows = torch.einsum("ax,by,cz->abcxyz", *bases).reshape(pixels, pixels)[order]
+        basis = F.pad(rows, (0, 0, 0, wanted - len(rows)))
+        with torch.no_grad():
+            self.weight.copy_((basis.T if self.inverse else basis)[:, :, None, None])
+
+
+def dct_matrix(size: int) -> torch.Tensor:
+    """The orthonormal DCT-II: row k is the frequency k."""
+    k, n = torch.arange(size)[:, None], torch.arange(size)
+    rows = torch.cos(math.pi / size * (n + 0.5) * k) * math.sqrt(2 / size)
+    rows[0] = math.sqrt(1 / size)
+    return rows
+
+
+def transform_blocks(inputs: int, outputs: int, config) -> list[nn.Module]:
+    return [
+        ResBlock(inputs if block == 0 else outputs, outputs, config.activation, normalize=False) for block in range(config.num_res_blocks)
+    ]
+
+
+class ZeroConv2d(nn.Conv2d):
+    """A 1×1 convolution that starts at zero."""
+
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__(inputs, outputs, 1)
+
+    def reset_parameters(self):
+        nn.init.zeros_(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+
+class TransformEncoder(nn.Module):
+    """pixels -> a linear transform of patches + (stem -> residual blocks without norm, halving between levels) -> code
+
+    The analysis transform of transform coding. It starts as a DCT: the residual part starts at zero.
+    """
+
+    def __init__(self, config, values_per_code: int):
+        super().__init__()
+        channels, values = config.hidden_sizes, config.latent_channels * values_per_code
+        self.patch_size, self.downsampling = config.patch_size, config.downsampling
+        self.linear = DCT(config.num_channels, self.downsampling, values)
+        self.stem = nn.Conv2d(config.num_channels * self.patch_size**2, channels[0], 3, padding=1)
+        self.layers = nn.ModuleList(transform_blocks(channels[0], channels[0], config))
+        for before, width in pairwise(channels):
+            self.layers.append(nn.Conv2d(before, width, 3, 2, 1))
+            self.layers.extend(transform_blocks(width, width, config))
+        self.activation = ACTIVATIONS[config.activation]()
+        self.to_code = ZeroConv2d(channels[-1], values)
+
+    def forward(self, x):
+        code = self.linear(F.pixel_unshuffle(x, self.downsampling))
+        x = self.stem(F.pixel_unshuffle(x, self.patch_size))
+        for layer in self.layers:
+            x = layer(x)
+        return code + self.to_code(self.activation(x)), []
+
+
+class TransformDecoder(nn.Module):
+    """code -> a linear transform to patches + (residual blocks without norm, doubling between levels) -> pixels"""
+
+    def __init__(self, config):
+        super().__init__()
+        channels, values = list(reversed(config.hidden_sizes)), config.latent_channels
+        self.patch_size, self.downsampling = config.patch_size, config.downsampling
+        self.linear = DCT(config.num_channels, self.downsampling, values, inverse=True)
+        self.from_code = nn.Conv2d(values, channels[0], 1)
+        self.layers = nn.ModuleList(transform_blocks(channels[0], channels[0], config))
+        for before, width in pairwise(channels):
+            self.layers.append(nn.Sequential(nn.Conv2d(before, 4 * width, 1), nn.PixelShuffle(2)))
+            self.layers.extend(transform_blocks(width, width, config))
+        self.activation = ACTIVATIONS[config.activation]()
+        self.to_pixels = ZeroConv2d(channels[-1], config.num_channels * self.patch_size**2)
+
+    def forward(self, code, positions=()):
+        pixels = F.pixel_shuffle(self.linear(code), self.downsampling)
+        x = self.from_code(code)
+        for layer in self.layers:
+            x = layer(x)
+        return pixels + F.pixel_shuffle(self.to_pixels(self.activation(x)), self.patch_size)

@@ -110,6 +110,9 @@ _FRAMEWORK_KEYS = {
     "output_attentions", "num_labels", "use_cache", "quantization_config",
 }  # fmt: skip
 
+_RESIDUAL = ("resnet", "transform")
+"""Networks of residual blocks, on patches."""
+
 
 class AutoencoderConfig(PreTrainedConfig):
     """Configuration of [`AutoencoderModel`], and the fields that every image variant shares.
@@ -202,14 +205,14 @@ class AutoencoderConfig(PreTrainedConfig):
     def fill_defaults(self):
         """Fill what depends on other fields."""
         if self.latent_dim is None and self.latent_channels is None:
-            if self.network == "resnet":
+            if self.network in _RESIDUAL:
                 self.latent_channels = 4
             else:
                 self.latent_dim = 32
         if self.network == "conv":
             self.downsample = self.downsample or "stride"
             self.upsample = self.upsample or "transpose"
-        if self.network == "resnet":
+        if self.network in _RESIDUAL:
             self.num_res_blocks = 1 if self.num_res_blocks is None else self.num_res_blocks
             self.patch_size = 1 if self.patch_size is None else self.patch_size
 
@@ -232,7 +235,7 @@ class AutoencoderConfig(PreTrainedConfig):
                 f"downsample and upsample belong to network='conv', not {self.network!r}: leave them out, or write network='conv'."
             )
         for name in ("num_res_blocks", "patch_size"):
-            if self.network != "resnet" and getattr(self, name) is not None:
+            if self.network not in _RESIDUAL and getattr(self, name) is not None:
                 raise ValueError(f"{name} belongs to network='resnet', not {self.network!r}: leave it out, or write network='resnet'.")
         if (self.patch_size or 1).bit_count() != 1:
             raise ValueError(f"patch_size={self.patch_size} must be a power of two: 1, 2, 4, 8.")
@@ -265,7 +268,7 @@ class AutoencoderConfig(PreTrainedConfig):
     @property
     def downsampling(self) -> int:
         """How many pixels high and wide one position of the encoder's last feature map is."""
-        if self.network == "resnet":
+        if self.network in _RESIDUAL:
             return (self.patch_size or 1) * 2 ** (len(self.hidden_sizes) - 1)
         return 2 ** len(self.hidden_sizes) if self.network == "conv" else 1
 
@@ -416,6 +419,68 @@ class BetaVAEConfig(VAEConfig):
             raise ValueError(f"capacity_steps={self.capacity_steps} must be at least 1.")
 
 
+class CompressiveAutoencoderConfig(AutoencoderConfig):
+    """Configuration of [`CompressiveAutoencoderModel`]. The defaults suit photos: 192 channels at 1/16 of the resolution."""
+
+    model_type = "hf_ae_compressive"
+
+    image_size: int | list[int] = 256
+    """Height and width in training; the model takes any size."""
+    num_channels: int = 3
+    """1 gray or 3 RGB."""
+    network: str = "transform"
+    """`transform`: a linear transform of patches that starts as a DCT, plus residual blocks without norm."""
+    hidden_sizes: list[int] = field(default_factory=lambda: [64, 96, 128])
+    """Channels of each level, from `patch_size` on; each after the first halves."""
+    activation: str = "relu"
+    """`relu`, `gelu` or `silu`."""
+    latent_channels: int | None = 192
+    """Channels of the code."""
+    patch_size: int | None = 4
+    """The residual part begins on squares of this side: the code's stride is `patch_size`·2^(len(hidden_sizes) - 1) pixels."""
+    num_res_blocks: int | None = 2
+    """Residual blocks of each level."""
+    hyper_channels: list[int] = field(default_factory=lambda: [96, 64])
+    """Channels inside the hyperprior's networks, and of the hyper-latents (1/4 of the code's height and width)."""
+    reconstruction_loss: str = "mse"
+    """The distortion: `mse` (times 255²), or `ms_ssim` (1 - MS-SSIM; images of at least 161 pixels)."""
+    lambda_range: list[float] = field(default_factory=lambda: [0.0012, 0.06])
+    """λ of the loss bits per pixel + λ·distortion, at quality 0 and at quality 1; its logarithm is linear between."""
+    quality: float = 0.5
+    """0 (smallest files) to 1: what `encode` and the codec take where none is asked for. In training it is drawn at random."""
+
+    choices = {
+        **AutoencoderConfig.choices,
+        "network": ("transform",),
+        "activation": ("relu", "gelu", "silu"),
+        "latent_activation": ("identity",),
+        "reconstruction_loss": ("mse", "ms_ssim"),
+    }
+
+    def check(self):
+        super().check()
+        if self.latent_channels is None:
+            raise ValueError("hf_ae_compressive has a spatial code: write latent_channels, not latent_dim.")
+        if self.num_channels not in (1, 3):
+            raise ValueError(f"num_channels={self.num_channels} must be 1 (gray) or 3 (RGB) here.")
+        if len(self.hyper_channels) != 2 or not all(1 <= width <= 1024 for width in self.hyper_channels):
+            raise ValueError(f"hyper_channels={self.hyper_channels} must be two whole numbers from 1 to 1024, such as [96, 64].")
+        if len(self.lambda_range) != 2 or not 0 < self.lambda_range[0] < self.lambda_range[1] < math.inf:
+            raise ValueError(f"lambda_range={self.lambda_range} must be two rising positive numbers, such as [0.0012, 0.06].")
+        if not 0 <= self.quality <= 1:
+            raise ValueError(f"quality={self.quality} must lie between 0 and 1.")
+        if self.reconstruction_loss == "ms_ssim" and min(self.image_hw) < 161:
+            raise ValueError(f"reconstruction_loss='ms_ssim' needs an image_size of at least 161, not {self.image_size}: write 'mse'.")
+
+    def check_size(self, height: int, width: int):
+        """Any size works: pictures are padded."""
+
+    @property
+    def code_shape(self) -> list[int]:
+        """Shape of the code of one image: `[latent_channels, height, width]`."""
+        return [self.latent_channels or 0, *(-(-size // self.downsampling) for size in self.image_hw)]
+
+
 def _listed(values) -> str:
     return ", ".join(repr(value) for value in values)
 
@@ -431,7 +496,7 @@ def _fits(value, kind: str) -> bool:
 
 # networks.py
 
-"""Encoders and decoders: mlp, conv, resnet.
+"""Encoders and decoders: mlp, conv, resnet, transform.
 
 An encoder maps `pixel_values` (batch, channels, height, width) to `(code, positions)`: the code before the bottleneck,
 and the positions that max-pooling remembered, finest first (an empty list where there are none). A decoder maps a code
@@ -445,12 +510,14 @@ ACTIVATIONS = {"sigmoid": nn.Sigmoid, "relu": nn.ReLU, "gelu": nn.GELU, "silu": 
 
 def build_encoder(config, values_per_code: int = 1) -> nn.Module:
     """The encoder that `config` asks for, with `values_per_code` outputs for each value of the code."""
-    return {"mlp": MLPEncoder, "conv": ConvEncoder, "resnet": ResnetEncoder}[config.network](config, values_per_code)
+    kinds = {"mlp": MLPEncoder, "conv": ConvEncoder, "resnet": ResnetEncoder, "transform": TransformEncoder}
+    return kinds[config.network](config, values_per_code)
 
 
 def build_decoder(config) -> nn.Module:
     """The mirrored decoder."""
-    return {"mlp": MLPDecoder, "conv": ConvDecoder, "resnet": ResnetDecoder}[config.network](config)
+    kinds = {"mlp": MLPDecoder, "conv": ConvDecoder, "resnet": ResnetDecoder, "transform": TransformDecoder}
+    return kinds[config.network](config)
 
 
 class MLPLayer(GradientCheckpointingLayer):
@@ -610,10 +677,11 @@ class ConvDecoder(nn.Module):
 class ResBlock(GradientCheckpointingLayer):
     """x + convolution(activation(norm(·))) twice, with a 1×1 shortcut where channels change."""
 
-    def __init__(self, inputs: int, outputs: int, activation: str):
+    def __init__(self, inputs: int, outputs: int, activation: str, normalize: bool = True):
         super().__init__()
-        self.norm1, self.conv1 = group_norm(inputs), nn.Conv2d(inputs, outputs, 3, padding=1)
-        self.norm2, self.conv2 = group_norm(outputs), nn.Conv2d(outputs, outputs, 3, padding=1)
+        norm = group_norm if normalize else nn.Identity
+        self.norm1, self.conv1 = norm(inputs), nn.Conv2d(inputs, outputs, 3, padding=1)
+        self.norm2, self.conv2 = norm(outputs), nn.Conv2d(outputs, outputs, 3, padding=1)
         self.activation = ACTIVATIONS[activation]()
         self.shortcut = nn.Conv2d(inputs, outputs, 1) if inputs != outputs else nn.Identity()
 
@@ -674,6 +742,106 @@ class ResnetDecoder(nn.Module):
         for layer in self.layers:
             x = layer(x)
         return F.pixel_shuffle(self.to_pixels(self.activation(self.norm(x))), self.patch_size)
+
+
+class DCT(nn.Conv2d):
+    """A linear map of patches to `values` numbers each, that starts as their lowest frequencies.
+
+    The basis is the orthonormal DCT-II over channels, rows and columns; the frequencies with the smallest
+    (row² + column²)·(1 + 3·[not the mean of the channels]) come first. `inverse` starts as the transpose.
+    """
+
+    def __init__(self, channels: int, side: int, values: int, inverse: bool = False):
+        self.shape, self.inverse = (channels, side, side), inverse
+        pixels = channels * side**2
+        super().__init__(values if inverse else pixels, pixels if inverse else values, 1, bias=False)
+
+    def reset_parameters(self):
+        pixels, wanted = math.prod(self.shape), self.in_channels if self.inverse else self.out_channels
+        c, u, v = torch.meshgrid(*(torch.arange(n) for n in self.shape), indexing="ij")
+        order = ((u**2 + v**2) * torch.where(c > 0, 4, 1)).flatten().argsort(stable=True)[:wanted]
+        bases = [dct_matrix(n) for n in self.shape]
+        rows = torch.einsum("ax,by,cz->abcxyz", *bases).reshape(pixels, pixels)[order]
+        basis = F.pad(rows, (0, 0, 0, wanted - len(rows)))
+        with torch.no_grad():
+            self.weight.copy_((basis.T if self.inverse else basis)[:, :, None, None])
+
+
+def dct_matrix(size: int) -> torch.Tensor:
+    """The orthonormal DCT-II: row k is the frequency k."""
+    k, n = torch.arange(size)[:, None], torch.arange(size)
+    rows = torch.cos(math.pi / size * (n + 0.5) * k) * math.sqrt(2 / size)
+    rows[0] = math.sqrt(1 / size)
+    return rows
+
+
+def transform_blocks(inputs: int, outputs: int, config) -> list[nn.Module]:
+    return [
+        ResBlock(inputs if block == 0 else outputs, outputs, config.activation, normalize=False) for block in range(config.num_res_blocks)
+    ]
+
+
+class ZeroConv2d(nn.Conv2d):
+    """A 1×1 convolution that starts at zero."""
+
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__(inputs, outputs, 1)
+
+    def reset_parameters(self):
+        nn.init.zeros_(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+
+class TransformEncoder(nn.Module):
+    """pixels -> a linear transform of patches + (stem -> residual blocks without norm, halving between levels) -> code
+
+    The analysis transform of transform coding. It starts as a DCT: the residual part starts at zero.
+    """
+
+    def __init__(self, config, values_per_code: int):
+        super().__init__()
+        channels, values = config.hidden_sizes, config.latent_channels * values_per_code
+        self.patch_size, self.downsampling = config.patch_size, config.downsampling
+        self.linear = DCT(config.num_channels, self.downsampling, values)
+        self.stem = nn.Conv2d(config.num_channels * self.patch_size**2, channels[0], 3, padding=1)
+        self.layers = nn.ModuleList(transform_blocks(channels[0], channels[0], config))
+        for before, width in pairwise(channels):
+            self.layers.append(nn.Conv2d(before, width, 3, 2, 1))
+            self.layers.extend(transform_blocks(width, width, config))
+        self.activation = ACTIVATIONS[config.activation]()
+        self.to_code = ZeroConv2d(channels[-1], values)
+
+    def forward(self, x):
+        code = self.linear(F.pixel_unshuffle(x, self.downsampling))
+        x = self.stem(F.pixel_unshuffle(x, self.patch_size))
+        for layer in self.layers:
+            x = layer(x)
+        return code + self.to_code(self.activation(x)), []
+
+
+class TransformDecoder(nn.Module):
+    """code -> a linear transform to patches + (residual blocks without norm, doubling between levels) -> pixels"""
+
+    def __init__(self, config):
+        super().__init__()
+        channels, values = list(reversed(config.hidden_sizes)), config.latent_channels
+        self.patch_size, self.downsampling = config.patch_size, config.downsampling
+        self.linear = DCT(config.num_channels, self.downsampling, values, inverse=True)
+        self.from_code = nn.Conv2d(values, channels[0], 1)
+        self.layers = nn.ModuleList(transform_blocks(channels[0], channels[0], config))
+        for before, width in pairwise(channels):
+            self.layers.append(nn.Sequential(nn.Conv2d(before, 4 * width, 1), nn.PixelShuffle(2)))
+            self.layers.extend(transform_blocks(width, width, config))
+        self.activation = ACTIVATIONS[config.activation]()
+        self.to_pixels = ZeroConv2d(channels[-1], config.num_channels * self.patch_size**2)
+
+    def forward(self, code, positions=()):
+        pixels = F.pixel_shuffle(self.linear(code), self.downsampling)
+        x = self.from_code(code)
+        for layer in self.layers:
+            x = layer(x)
+        return pixels + F.pixel_shuffle(self.to_pixels(self.activation(x)), self.patch_size)
 
 
 # modeling_autoencoder.py
@@ -907,7 +1075,7 @@ def tiled(function, x: torch.Tensor, tile: int, scale: int, down: bool) -> torch
             rows, columns = slice(out(top), out(top) + y.shape[-2]), slice(out(left), out(left) + y.shape[-1])
             total[..., rows, columns] += y.float() * window
             weight[rows, columns] += window
-    return (total / weight).to(x.dtype)
+    return (total / weight).to(y.dtype)
 
 
 def starts(size: int, tile: int, overlap: int) -> list[int]:
