@@ -66,6 +66,7 @@ def write_card(folder) -> Path:
         front = dict(license="apache-2.0", library_name="transformers", tags=tags)
         front |= dict(model_name=name, eval_results=eval_results(metrics)) if metrics else {}
         sections = [summary(config, dataset), *picture_section(folder), use_section(name)]
+        sections += [codec_section(name)] if config.get("model_type") == "hf_ae_compressive" else []
         sections += [results_section(metrics)] if metrics else []
     if license := front_matter(old).get("license"):
         front["license"] = license
@@ -129,6 +130,19 @@ inputs = processor("image.png", return_tensors="pt")
 encoded = model.encode(**inputs)  # .latents
 reconstruction = processor.postprocess(model(**inputs).reconstruction)[0]  # a PIL image
 ```"""
+
+
+def codec_section(name: str) -> str:
+    return f"""As an image codec (`pip install 'hf_ae[codec]'`):
+
+```python
+from hf_ae.codec import compress, decompress
+
+data = compress(model, "image.png", quality=0.5)  # the bytes of an .hfae file; quality from 0 to 1
+picture = decompress(data, model)
+```
+
+On the command line: `hf-ae compress image.png -o image.hfae --model {name}` and `hf-ae decompress image.hfae -o image.png`"""
 
 
 def results_section(metrics: dict) -> str:

@@ -337,8 +337,6 @@ class CompressiveAutoencoderConfig(AutoencoderConfig):
     """`transform`: a linear transform of patches that starts as a DCT, plus residual blocks without norm."""
     hidden_sizes: list[int] = field(default_factory=lambda: [64, 96, 128])
     """Channels of each level, from `patch_size` on; each after the first halves."""
-    activation: str = "relu"
-    """`relu`, `gelu` or `silu`."""
     latent_channels: int | None = 192
     """Channels of the code."""
     patch_size: int | None = 4
@@ -357,7 +355,6 @@ class CompressiveAutoencoderConfig(AutoencoderConfig):
     choices = {
         **AutoencoderConfig.choices,
         "network": ("transform",),
-        "activation": ("relu", "gelu", "silu"),
         "latent_activation": ("identity",),
         "reconstruction_loss": ("mse", "ms_ssim"),
     }
