@@ -16,12 +16,14 @@ A method for indices of a codebook belongs here: `write_indices`, `read_indices`
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 import torch
 from torch.nn import functional as F
 
 from .bitstream import CorruptFileError, File, Reader, SymbolDecoder, SymbolEncoder, SymbolTables, varint
-from .entropy_models import HYPER_LIMIT, QUALITY_LEVELS, SCALES, checkerboard, gaussian_tables, table_reach
+from .entropy_models import HYPER_LIMIT, QUALITY_LEVELS, SCALES, checkerboard, gaussian_weights
 from .tiling import tiled
 
 WINDOW = 64
@@ -93,10 +95,10 @@ def hyper_tables(model) -> SymbolTables:
     return SymbolTables(list(table), [-HYPER_LIMIT] * len(table))
 
 
-def scale_tables(table: torch.Tensor) -> SymbolTables:
-    """Of Gaussians of the standard deviations SCALES, from the weights that `gaussian_tables` laid end to end."""
-    sizes = [table_reach(scale) + 2 for scale in SCALES]
-    return SymbolTables.symmetric([part.numpy() for part in table.cpu().split(sizes)])
+@functools.cache
+def scale_tables() -> SymbolTables:
+    """Of Gaussians of the standard deviations SCALES."""
+    return SymbolTables.symmetric([np.array(gaussian_weights(scale)) for scale in SCALES])
 
 
 def windows(height: int, width: int):
@@ -112,7 +114,7 @@ def write_hyperprior(model, pixels: torch.Tensor, quality: float | None) -> byte
     code = encode_tiles(model.analyse, model, pad_to(pixels, stride_of(model)))
     if not bool(code.isfinite().all()):
         raise ValueError("The encoder gives values that are not finite: the model is broken.")
-    z_tables, y_tables = hyper_tables(model), scale_tables(model.hyperprior.gaussian_table)
+    z_tables, y_tables = hyper_tables(model), scale_tables()
     coder = SymbolEncoder()
     for rows, columns in windows(*code.shape[2:]):
         quantized = model.quantize(code[..., rows, columns], level)
@@ -135,7 +137,7 @@ def read_hyperprior(model, file: File) -> torch.Tensor:
         raise CorruptFileError(f"The file claims quality {level.item()}/{QUALITY_LEVELS}.")
     height, width = -(-file.height // stride), -(-file.width // stride)
     prior, channels = model.hyperprior, model.config.latent_channels
-    decoder, z_tables, y_tables = SymbolDecoder(reader.rest()), hyper_tables(model), scale_tables(prior.gaussian_table)
+    decoder, z_tables, y_tables = SymbolDecoder(reader.rest()), hyper_tables(model), scale_tables()
     latents = torch.empty(1, channels, height, width, device=model.device)
     for rows, columns in windows(height, width):
         size = rows.stop - rows.start, columns.stop - columns.start
@@ -156,7 +158,7 @@ def read_hyperprior(model, file: File) -> torch.Tensor:
 
 
 def encode_latents(model, pixels: torch.Tensor) -> torch.Tensor:
-    """The deterministic latents of a picture (uint8): (groups, values), float32, and their shape."""
+    """The deterministic latents of a picture (uint8), float32: (1, channels, height, width) or (1, values)."""
     stride = stride_of(model)
     if not stride and list(pixels.shape[2:]) != model.config.image_hw:
         height, width = model.config.image_hw
@@ -208,7 +210,7 @@ def write_latents(model, pixels: torch.Tensor, quality: float | None) -> bytes:
     head, mean, std = moments(values)
     symbols = ((values - mean[:, None]) / latent_step(std, level)[:, None]).round().numpy().astype(np.int32)
     coder = SymbolEncoder()
-    coder.encode(symbols.ravel(), latent_table(level), scale_tables(gaussian_tables()))
+    coder.encode(symbols.ravel(), latent_table(level), scale_tables())
     return head + bytes([level]) + coder.finish()
 
 
@@ -227,7 +229,7 @@ def read_latents(model, file: File) -> torch.Tensor:
     level = reader.take(1)[0]
     if level > QUALITY_LEVELS:
         raise CorruptFileError(f"The file claims quality {level}/{QUALITY_LEVELS}.")
-    symbols = SymbolDecoder(reader.rest()).decode(int(np.prod(shape)), latent_table(level), scale_tables(gaussian_tables()))
+    symbols = SymbolDecoder(reader.rest()).decode(int(np.prod(shape)), latent_table(level), scale_tables())
     values = torch.from_numpy(symbols).float().view(len(mean), -1) * latent_step(std, level)[:, None] + mean[:, None]
     return decode_tiles(model, values.view(1, *shape).to(model.device))
 

@@ -75,17 +75,14 @@ def gaussian_bits(v: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     return -lower_bound(0.5 * (upper - lower), 1e-9).log2()
 
 
-def gaussian_tables() -> torch.Tensor:
-    """For each of SCALES the whole-number weights of 0, 1, …, reach and of everything beyond ±reach; int32, laid end to end.
+def gaussian_weights(scale: float) -> list[int]:
+    """Whole-number weights of 0, 1, …, reach and of everything beyond ±reach, for the entropy coder. That of -v is that of v.
 
-    A weight of ±v is the same. `table_reach` says where each begins.
+    No weight lies nearer to a rounding boundary than any error function's error: every machine computes the same.
     """
-    tables = []
-    for scale in SCALES:
-        edges = [math.erfc((k - 0.5) / scale * math.sqrt(0.5)) / 2 for k in range(table_reach(scale) + 2)]
-        masses = [1 - 2 * edges[1], *(a - b for a, b in pairwise(edges[1:])), 2 * edges[-1]]
-        tables += [max(1, round(mass * TABLE_TOTAL)) for mass in masses]
-    return torch.tensor(tables, dtype=torch.int32)
+    edges = [math.erfc((k - 0.5) / scale * math.sqrt(0.5)) / 2 for k in range(table_reach(scale) + 2)]
+    masses = [1 - 2 * edges[1], *(a - b for a, b in pairwise(edges[1:])), 2 * edges[-1]]
+    return [max(1, round(mass * TABLE_TOTAL)) for mass in masses]
 
 
 def table_reach(scale: float) -> int:
@@ -210,8 +207,6 @@ class Hyperprior(nn.Module):
     quantization steps.
     """
 
-    gaussian_table: torch.Tensor
-
     def __init__(self, channels: int, hidden: int, hyper_channels: int):
         super().__init__()
         self.hyper_encoder = nn.Sequential(
@@ -226,7 +221,6 @@ class Hyperprior(nn.Module):
         self.mix = ExactConv2d(hidden, hidden, 1)
         self.heads = nn.ModuleList(ExactConv2d(hidden, 2 * channels, 1) for _ in range(2))
         self.prior = FactorizedPrior(hyper_channels)
-        self.register_buffer("gaussian_table", gaussian_tables())
 
     def forward(self, code: torch.Tensor, level: torch.Tensor) -> Quantized:
         """`code` float32 in quantization steps, at quality levels (batch,)."""

@@ -47,7 +47,7 @@ def gray():
 
 def test_thousands_of_random_codes_come_back_exactly():
     rng = np.random.default_rng(0)
-    gaussians = codec_methods.scale_tables(hf_ae.entropy_models.gaussian_tables())
+    gaussians = codec_methods.scale_tables()
     for trial in range(3000):
         count = int(rng.integers(0, 60))
         table = rng.integers(0, 64, count)
@@ -65,7 +65,7 @@ def test_thousands_of_random_codes_come_back_exactly():
 
 
 def test_symbols_that_no_table_holds_are_refused():
-    gaussians = codec_methods.scale_tables(hf_ae.entropy_models.gaussian_tables())
+    gaussians = codec_methods.scale_tables()
     with pytest.raises(ValueError, match="32767"):
         SymbolEncoder().encode(np.array([40000]), 3, gaussians)
     with pytest.raises(ValueError, match="outside"):
