@@ -3,7 +3,7 @@
 What follows the header of a file (see `bitstream`):
 
 - `hyperprior`, of a CompressiveAutoencoderModel: 1 byte quality in 1/128; then for each window of 64×64 positions of the code, row
-  by row, the hyper-latents and the symbols, first of the even positions of a checkerboard, then of the odd ones.
+  by row, the hyper-latents, then the symbols in three steps: even rows and columns, odd rows and columns, the rest.
 - `latents`, of any other autoencoder: 1 byte number of groups, 1 byte quality in 1/128; for each group mean and standard deviation
   (float16 each); then the symbols round((value - mean) / step), step = standard deviation · 64^-quality, as of a Gaussian.
   A spatial code has a group for each channel, a vector is one group.
@@ -23,7 +23,7 @@ import torch
 from torch.nn import functional as F
 
 from .bitstream import CorruptFileError, File, Reader, SymbolDecoder, SymbolEncoder, SymbolTables, varint
-from .entropy_models import HYPER_LIMIT, QUALITY_LEVELS, SCALES, checkerboard, gaussian_weights
+from .entropy_models import HYPER_LIMIT, QUALITY_LEVELS, SCALES, STEPS, gaussian_weights, positions_of
 from .tiling import tiled
 
 WINDOW = 64
@@ -120,8 +120,8 @@ def write_hyperprior(model, pixels: torch.Tensor, quality: float | None) -> byte
         quantized = model.quantize(code[..., rows, columns], level)
         z = quantized.hyper_symbols[0].cpu().numpy().astype(np.int32)
         coder.encode(z.ravel(), np.arange(len(z)).repeat(z[0].size), z_tables)
-        for step in range(2):
-            mask = checkerboard(rows.stop - rows.start, columns.stop - columns.start, step, code.device)
+        for step in range(STEPS):
+            mask = positions_of(rows.stop - rows.start, columns.stop - columns.start, step, code.device)
             symbols, index = (
                 part[0][:, mask].cpu().numpy().ravel().astype(np.int32) for part in (quantized.symbols, quantized.scale_index)
             )
@@ -145,8 +145,8 @@ def read_hyperprior(model, file: File) -> torch.Tensor:
         z = decoder.decode(np.prod(shape), np.arange(shape[0]).repeat(shape[1] * shape[2]), z_tables).reshape(1, *shape)
         features = prior.features(torch.from_numpy(z).to(model.device).double(), level, *size)
         values = torch.zeros(1, channels, *size, dtype=torch.float64, device=model.device)
-        for step in range(2):
-            mask = checkerboard(*size, step, model.device)
+        for step in range(STEPS):
+            mask = positions_of(*size, step, model.device)
             mean, index = (part[0][:, mask] for part in prior.parameters_of(features, values, step))
             symbols = decoder.decode(index.numel(), index.cpu().numpy().ravel().astype(np.int32), y_tables)
             values[0, :, mask] = mean + torch.from_numpy(symbols).to(mean).view_as(mean)

@@ -26,6 +26,8 @@ TABLE_TOTAL = 2**20
 """The weights of a table add up to about this."""
 FRACTION_BITS, WEIGHT_BITS = 8, 14
 """Binary digits after the point, of activations and of weights."""
+STEPS = 3
+"""In how many steps a code is coded, each knowing the values of those before."""
 ACTIVATION_LIMIT, WEIGHT_LIMIT = 2.0**12, 2.0**3
 """With these a sum of 9·1024 products needs 13.2 + (12 + 8) + (3 + 14) = 50.2 of float64's 53 binary digits."""
 
@@ -105,6 +107,15 @@ class ExactConv2d(nn.Conv2d):
         return fixed_point(x, FRACTION_BITS, ACTIVATION_LIMIT)
 
 
+class ParameterHead(ExactConv2d):
+    """Features -> means and scales. It starts at zero: all means 0, all scales equal."""
+
+    def reset_parameters(self):
+        nn.init.zeros_(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+
 class QualityTable(nn.Embedding):
     """Parameters at QUALITY_ANCHORS qualities, interpolated: levels (batch,) -> (batch, values, 1, 1).
 
@@ -141,7 +152,7 @@ class FactorizedPrior(nn.Module):
         self.register_buffer("table", torch.ones(channels, 2 * HYPER_LIMIT + 1, dtype=torch.int32))
 
     def reset_parameters(self):
-        nn.init.constant_(self.log_scale, 0.5)
+        nn.init.zeros_(self.log_scale)
         nn.init.zeros_(self.logit)
         with torch.no_grad():
             self.location.copy_(torch.tensor([-3.0, 0.0, 3.0]).repeat(self.channels))
@@ -198,12 +209,13 @@ class Hyperprior(nn.Module):
     """Mean and scale of each value of a code, from hyper-latents and from neighbours that are already known.
 
     ```
-    code -> hyper-encoder -> round -> hyper-decoder -> features -> means, scales of every second position (a checkerboard)
+    code -> hyper-encoder -> round -> hyper-decoder -> features -> means, scales of every fourth position
                                |                          |
-                      factorized prior                    + the four neighbours -> means, scales of the other positions
+                      factorized prior                    + neighbours that are known -> of the next fourth, then of the rest
     ```
 
-    Scale hyperprior: Ballé et al. 2018; means: Minnen et al. 2018; checkerboard: He et al. 2021. The code is in
+    Scale hyperprior: Ballé et al. 2018; means: Minnen et al. 2018; neighbours: the checkerboard of He
+    et al. 2021, in three steps. The code is in
     quantization steps.
     """
 
@@ -219,7 +231,7 @@ class Hyperprior(nn.Module):
         self.last = ExactConv2d(hidden, hidden, 3, padding=1)
         self.neighbours = ExactConv2d(channels, hidden, 3, padding=1)
         self.mix = ExactConv2d(hidden, hidden, 1)
-        self.heads = nn.ModuleList(ExactConv2d(hidden, 2 * channels, 1) for _ in range(2))
+        self.heads = nn.ModuleList(ParameterHead(hidden, 2 * channels, 1) for _ in range(STEPS))
         self.prior = FactorizedPrior(hyper_channels)
 
     def forward(self, code: torch.Tensor, level: torch.Tensor) -> Quantized:
@@ -232,8 +244,8 @@ class Hyperprior(nn.Module):
         features = self.features(hyper_symbols, level, height, width)
         code = code.to(features.dtype)
         values = mean = index = torch.zeros_like(code)
-        for step in range(2):
-            mask = checkerboard(height, width, step, code.device)
+        for step in range(STEPS):
+            mask = positions_of(height, width, step, code.device)
             new_mean, new_index = self.parameters_of(features, values, step)
             new_values = new_mean + round_straight_through(code - new_mean)
             values, mean, index = (torch.where(mask, new, old) for new, old in ((new_values, values), (new_mean, mean), (new_index, index)))
@@ -250,20 +262,20 @@ class Hyperprior(nn.Module):
         return self.last(self.hyper_decoder[1](x, 0))[..., :height, :width]
 
     def parameters_of(self, features: torch.Tensor, known: torch.Tensor, step: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Means (in quantization steps) and indices of scales. `known`: in step 1 the values of step 0, zero elsewhere.
+        """Means (in quantization steps) and indices of scales. `known`: the values of earlier steps, zero elsewhere.
 
-        Valid at the positions of `checkerboard(…, step)`. In `train()` indices are real numbers, for their gradient.
+        Valid at the `positions_of` this step. In `train()` indices are real numbers, for their gradient.
         """
-        if step == 1:
+        if step > 0:
             known = fixed_point(known, FRACTION_BITS, ACTIVATION_LIMIT)
             features = self.mix((features + self.neighbours(known)).relu())
         mean, index = self.heads[step](features.relu()).chunk(2, 1)
-        index = (16 + 8 * index).clamp(max=len(SCALES) - 1)
+        index = (16 + 32 * index).clamp(max=len(SCALES) - 1)
         index = lower_bound(index, 0.0) if self.training else torch.floor(index.clamp(min=0) + 0.5)
-        return 4 * mean, index
+        return 8 * mean, index
 
 
-def checkerboard(height: int, width: int, step: int, device=None) -> torch.Tensor:
-    """Whether row + column is even (step 0) or odd (step 1): (height, width)."""
-    rows, columns = torch.arange(height, device=device)[:, None], torch.arange(width, device=device)
-    return (rows + columns) % 2 == step
+def positions_of(height: int, width: int, step: int, device=None) -> torch.Tensor:
+    """Where a step codes: (height, width). Step 0: even rows and columns. 1: odd rows and columns. 2: the rest."""
+    rows, columns = torch.arange(height, device=device)[:, None] % 2, torch.arange(width, device=device) % 2
+    return (rows != columns) if step == 2 else (rows == columns) & (rows == step)

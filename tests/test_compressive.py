@@ -17,10 +17,10 @@ from hf_ae.entropy_models import (
     WEIGHT_BITS,
     ExactConv2d,
     FactorizedPrior,
-    checkerboard,
     gaussian_bits,
     gaussian_weights,
     lower_bound,
+    positions_of,
     round_straight_through,
     table_reach,
 )
@@ -197,15 +197,16 @@ def test_gradients_pass_rounding_and_rise_from_below_a_bound():
     assert x.grad.tolist() == [-1.0, -1.0, -1.0]
 
 
-def test_checkerboard_parts_cover_everything_once_and_no_value_sees_itself():
-    even, odd = (checkerboard(5, 7, step) for step in range(2))
-    assert torch.equal(even, ~odd) and even[0, 0]
+def test_steps_cover_every_position_once_and_no_value_sees_itself_or_later_ones():
+    masks = [positions_of(5, 7, step) for step in range(3)]
+    assert torch.equal(sum(m.int() for m in masks), torch.ones(5, 7, dtype=torch.int32))
+    assert [int(m.sum()) for m in masks] == [12, 6, 17]
     prior = shaken().hyperprior
     features, known = torch.zeros(1, 8, 5, 7).double(), torch.zeros(1, 12, 5, 7).double()
-    before = prior.parameters_of(features, known, 1)[0]
-    known[..., 2, 2] = 3.0  # even: seen by its four neighbours among the odd positions
-    changed = (prior.parameters_of(features, known, 1)[0] != before)[0].any(0) & odd
-    assert changed.sum() == 4 and changed[1, 2] and changed[2, 1]
+    before = [prior.parameters_of(features, known, step)[0] for step in range(3)]
+    known[..., 2, 2] = 3.0
+    changed = [(prior.parameters_of(features, known, step)[0] != before[step])[0].any(0) & masks[step] for step in range(3)]
+    assert [int(c.sum()) for c in changed] == [0, 4, 4] and changed[1][1, 1] and changed[2][1, 2]
 
 
 def test_ms_ssim_matches_torchmetrics_and_trains():
