@@ -347,7 +347,7 @@ class CompressiveAutoencoderConfig(AutoencoderConfig):
     """Channels inside the hyperprior's networks, and of the hyper-latents (1/4 of the code's height and width)."""
     reconstruction_loss: str = "mse"
     """The distortion: `mse` (times 255²), or `ms_ssim` (1 - MS-SSIM; images of at least 161 pixels)."""
-    lambda_range: list[float] = field(default_factory=lambda: [0.0012, 0.06])
+    lambda_range: list[float] = field(default_factory=lambda: [0.0006, 0.03])
     """λ of the loss bits per pixel + λ·distortion, at quality 0 and at quality 1; its logarithm is linear between."""
     quality: float = 0.5
     """0 (smallest files) to 1: what `encode` and the codec take where none is asked for. In training it is drawn at random."""
@@ -368,7 +368,7 @@ class CompressiveAutoencoderConfig(AutoencoderConfig):
         if len(self.hyper_channels) != 2 or not all(1 <= width <= 1024 for width in self.hyper_channels):
             raise ValueError(f"hyper_channels={self.hyper_channels} must be two whole numbers from 1 to 1024, such as [80, 48].")
         if len(self.lambda_range) != 2 or not 0 < self.lambda_range[0] < self.lambda_range[1] < math.inf:
-            raise ValueError(f"lambda_range={self.lambda_range} must be two rising positive numbers, such as [0.0012, 0.06].")
+            raise ValueError(f"lambda_range={self.lambda_range} must be two rising positive numbers, such as [0.0006, 0.03].")
         if not 0 <= self.quality <= 1:
             raise ValueError(f"quality={self.quality} must lie between 0 and 1.")
         if self.reconstruction_loss == "ms_ssim" and min(self.image_hw) < 161:
