@@ -26,10 +26,27 @@ TABLE_TOTAL = 2**20
 """The weights of a table add up to about this."""
 FRACTION_BITS, WEIGHT_BITS = 8, 14
 """Binary digits after the point, of activations and of weights."""
+ERROR_WEIGHT = 30.0
+"""What a squared error of one step is worth in bits, when symbols are chosen. Measured on a partly trained photo model: 30 gains
+0.5 dB at 0.28 bits per pixel and loses nothing at 1.1, where 6 / ln 2 (the theory of high rates) loses."""
 STEPS = 3
 """In how many steps a code is coded, each knowing the values of those before."""
 ACTIVATION_LIMIT, WEIGHT_LIMIT = 2.0**12, 2.0**3
 """With these a sum of 9·1024 products needs 13.2 + (12 + 8) + (3 + 14) = 50.2 of float64's 53 binary digits."""
+
+
+def scale_of(index: torch.Tensor) -> torch.Tensor:
+    """Standard deviations, float32, of (real) indices into SCALES."""
+    return SCALES[0] * torch.exp(index.float() * (math.log(SCALES[-1] / SCALES[0]) / (len(SCALES) - 1)))
+
+
+def economical_round(v: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """round(v), or one nearer to 0 where the bits saved outweigh the error: rate-distortion optimal quantization."""
+    nearest = torch.floor(v + 0.5)
+    smaller = nearest - nearest.sign()
+    costs = (ERROR_WEIGHT * (v - symbol).square() + gaussian_bits(symbol.float(), scale) for symbol in (nearest, smaller))
+    cost, cost_of_smaller = costs
+    return torch.where(cost_of_smaller < cost, smaller, nearest)
 
 
 class _Round(torch.autograd.Function):
@@ -243,16 +260,17 @@ class Hyperprior(nn.Module):
         hyper_symbols = round_straight_through(z)
         features = self.features(hyper_symbols, level, height, width)
         code = code.to(features.dtype)
-        values = mean = index = torch.zeros_like(code)
+        values = symbols = mean = index = torch.zeros_like(code)
         for step in range(STEPS):
             mask = positions_of(height, width, step, code.device)
             new_mean, new_index = self.parameters_of(features, values, step)
-            new_values = new_mean + round_straight_through(code - new_mean)
-            values, mean, index = (torch.where(mask, new, old) for new, old in ((new_values, values), (new_mean, mean), (new_index, index)))
-        symbols = code - mean + torch.rand_like(code) - 0.5 if self.training else round_straight_through(code - mean)
+            v = code - new_mean
+            new_symbols = round_straight_through(v) if self.training else economical_round(v, scale_of(new_index))
+            new = (new_mean + new_symbols, new_symbols, new_mean, new_index)
+            values, symbols, mean, index = (torch.where(mask, n, old) for n, old in zip(new, (values, symbols, mean, index)))
+        symbols = code - mean + torch.rand_like(code) - 0.5 if self.training else symbols
         noisy_z = z + torch.rand_like(z) - 0.5 if self.training else hyper_symbols
-        scale = SCALES[0] * torch.exp(index.float() * (math.log(SCALES[-1] / SCALES[0]) / (len(SCALES) - 1)))
-        bits = gaussian_bits(symbols.float(), scale).flatten(1).sum(1)
+        bits = gaussian_bits(symbols.float(), scale_of(index)).flatten(1).sum(1)
         return Quantized(values, symbols, index, hyper_symbols, bits, self.prior.bits(noisy_z).flatten(1).sum(1))
 
     def features(self, hyper_symbols: torch.Tensor, level: torch.Tensor, height: int, width: int) -> torch.Tensor:

@@ -10,6 +10,7 @@ from variants import make, pixels
 
 import hf_ae
 from hf_ae.entropy_models import (
+    ERROR_WEIGHT,
     FRACTION_BITS,
     HYPER_LIMIT,
     SCALES,
@@ -17,6 +18,7 @@ from hf_ae.entropy_models import (
     WEIGHT_BITS,
     ExactConv2d,
     FactorizedPrior,
+    economical_round,
     gaussian_bits,
     gaussian_weights,
     lower_bound,
@@ -153,8 +155,19 @@ def test_loss_at_middle_quality_is_bits_per_pixel_plus_lambda_times_error():
     torch.testing.assert_close(output.loss, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_uniform_noise_counts_about_the_bits_of_rounding():
+def test_symbols_are_rounded_where_rates_allow():
+    """The chosen symbol costs least among all, by bits + 30·error²; with a wide distribution it is the nearest."""
+    v, scale = torch.linspace(-2.2, 2.3, 777), torch.tensor(0.6)
+    candidates = torch.arange(-4.0, 5)[:, None].expand(-1, 777)
+    costs = gaussian_bits(candidates, scale) + ERROR_WEIGHT * (v - candidates) ** 2
+    assert torch.equal(economical_round(v, scale), costs.argmin(0) - 4.0)
+    assert not torch.equal(economical_round(v, scale), round_straight_through(v))
+    assert torch.equal(economical_round(v, torch.tensor(200.0)), round_straight_through(v))
+
+
+def test_uniform_noise_counts_about_the_bits_of_rounding(monkeypatch):
     model = shaken()
+    monkeypatch.setattr("hf_ae.entropy_models.ERROR_WEIGHT", 1e9)
     x = torch.nn.functional.interpolate(torch.rand(4, 1, 8, 8), (64, 64), mode="bicubic").clamp(0, 1)
     rounded = model.encode(x, quality=1.0).bits.mean()
     noisy = torch.stack([model.train().encode(x, quality=1.0).bits.mean() for _ in range(4)]).mean()

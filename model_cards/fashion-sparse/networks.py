@@ -188,9 +188,9 @@ class ConvDecoder(nn.Module):
 class ResBlock(GradientCheckpointingLayer):
     """x + convolution(activation(norm(·))) twice, with a 1×1 shortcut where channels change."""
 
-    def __init__(self, inputs: int, outputs: int, activation: str, normalize: bool = True):
+    def __init__(self, inputs: int, outputs: int, activation: str, norm=None):
         super().__init__()
-        norm = group_norm if normalize else nn.Identity
+        norm = norm or group_norm
         self.norm1, self.conv1 = norm(inputs), nn.Conv2d(inputs, outputs, 3, padding=1)
         self.norm2, self.conv2 = norm(outputs), nn.Conv2d(outputs, outputs, 3, padding=1)
         self.activation = ACTIVATIONS[activation]()
@@ -255,27 +255,29 @@ class ResnetDecoder(nn.Module):
         return F.pixel_shuffle(self.to_pixels(self.activation(self.norm(x))), self.patch_size)
 
 
-class DCT(nn.Conv2d):
-    """A linear map of patches to `values` numbers each, that starts as their lowest frequencies.
+class DCT(nn.Module):
+    """The lowest frequencies of each patch: an orthonormal DCT-II over channels, rows and columns, and its transpose.
 
-    The basis is the orthonormal DCT-II over channels, rows and columns; the frequencies with the smallest
-    (row² + column²)·(1 + 3·[not the mean of the channels]) come first. `inverse` starts as the transpose.
+    pixels (batch, channels, height, width) <-> (batch, values, height / side, width / side). The frequencies with the smallest
+    (row² + column²)·(1 + 3·[not the mean of the channels]) come first. Fixed: it has no weights.
     """
 
-    def __init__(self, channels: int, side: int, values: int, inverse: bool = False):
-        self.shape, self.inverse = (channels, side, side), inverse
-        pixels = channels * side**2
-        super().__init__(values if inverse else pixels, pixels if inverse else values, 1, bias=False)
+    def __init__(self, channels: int, side: int, values: int):
+        super().__init__()
+        self.shape, self.values = (channels, side, side), values
 
-    def reset_parameters(self):
-        pixels, wanted = math.prod(self.shape), self.in_channels if self.inverse else self.out_channels
+    def basis(self, like: torch.Tensor) -> torch.Tensor:
+        """(values, pixels of a patch, 1, 1); rows beyond the number of frequencies are zero."""
         c, u, v = torch.meshgrid(*(torch.arange(n) for n in self.shape), indexing="ij")
-        order = ((u**2 + v**2) * torch.where(c > 0, 4, 1)).flatten().argsort(stable=True)[:wanted]
-        bases = [dct_matrix(n) for n in self.shape]
-        rows = torch.einsum("ax,by,cz->abcxyz", *bases).reshape(pixels, pixels)[order]
-        basis = F.pad(rows, (0, 0, 0, wanted - len(rows)))
-        with torch.no_grad():
-            self.weight.copy_((basis.T if self.inverse else basis)[:, :, None, None])
+        order = ((u**2 + v**2) * torch.where(c > 0, 4, 1)).flatten().argsort(stable=True)[: self.values]
+        rows = torch.einsum("ax,by,cz->abcxyz", *(dct_matrix(n) for n in self.shape)).flatten(3).flatten(0, 2)[order]
+        return F.pad(rows, (0, 0, 0, self.values - len(rows)))[:, :, None, None].to(like)
+
+    def forward(self, pixels):
+        return F.conv2d(F.pixel_unshuffle(pixels, self.shape[1]), self.basis(pixels))
+
+    def inverse(self, code):
+        return F.pixel_shuffle(F.conv_transpose2d(code, self.basis(code)), self.shape[1])
 
 
 def dct_matrix(size: int) -> torch.Tensor:
@@ -286,10 +288,21 @@ def dct_matrix(size: int) -> torch.Tensor:
     return rows
 
 
+class PositionNorm(nn.Module):
+    """x / √(0.01 + mean of x² over channels), position by position: what lies far away, or in another tile, has no influence.
+
+    The division of GDN (Ballé et al. 2016), with fixed weights.
+    """
+
+    def __init__(self, channels: int):
+        super().__init__()
+
+    def forward(self, x):
+        return x * torch.rsqrt((x * x).mean(1, keepdim=True) + 0.01)
+
+
 def transform_blocks(inputs: int, outputs: int, config) -> list[nn.Module]:
-    return [
-        ResBlock(inputs if block == 0 else outputs, outputs, config.activation, normalize=False) for block in range(config.num_res_blocks)
-    ]
+    return [ResBlock(inputs if block == 0 else outputs, outputs, config.activation, PositionNorm) for block in range(config.num_res_blocks)]
 
 
 class ZeroConv2d(nn.Conv2d):
@@ -305,16 +318,16 @@ class ZeroConv2d(nn.Conv2d):
 
 
 class TransformEncoder(nn.Module):
-    """pixels -> a linear transform of patches + (stem -> residual blocks without norm, halving between levels) -> code
+    """pixels -> DCT of patches + (stem -> residual blocks, halving between levels) -> code
 
-    The analysis transform of transform coding. It starts as a DCT: the residual part starts at zero.
+    The analysis transform of transform coding. It starts as the DCT alone: the residual part starts at zero.
     """
 
     def __init__(self, config, values_per_code: int):
         super().__init__()
         channels, values = config.hidden_sizes, config.latent_channels * values_per_code
-        self.patch_size, self.downsampling = config.patch_size, config.downsampling
-        self.linear = DCT(config.num_channels, self.downsampling, values)
+        self.patch_size = config.patch_size
+        self.dct = DCT(config.num_channels, config.downsampling, values)
         self.stem = nn.Conv2d(config.num_channels * self.patch_size**2, channels[0], 3, padding=1)
         self.layers = nn.ModuleList(transform_blocks(channels[0], channels[0], config))
         for before, width in pairwise(channels):
@@ -324,7 +337,7 @@ class TransformEncoder(nn.Module):
         self.to_code = ZeroConv2d(channels[-1], values)
 
     def forward(self, x):
-        code = self.linear(F.pixel_unshuffle(x, self.downsampling))
+        code = self.dct(x)
         x = self.stem(F.pixel_unshuffle(x, self.patch_size))
         for layer in self.layers:
             x = layer(x)
@@ -332,24 +345,29 @@ class TransformEncoder(nn.Module):
 
 
 class TransformDecoder(nn.Module):
-    """code -> a linear transform to patches + (residual blocks without norm, doubling between levels) -> pixels"""
+    """code -> inverse DCT + (residual blocks, doubling between levels; the last also sees the inverse DCT) -> pixels"""
 
     def __init__(self, config):
         super().__init__()
         channels, values = list(reversed(config.hidden_sizes)), config.latent_channels
-        self.patch_size, self.downsampling = config.patch_size, config.downsampling
-        self.linear = DCT(config.num_channels, self.downsampling, values, inverse=True)
+        self.patch_size = config.patch_size
+        self.dct = DCT(config.num_channels, config.downsampling, values)
         self.from_code = nn.Conv2d(values, channels[0], 1)
-        self.layers = nn.ModuleList(transform_blocks(channels[0], channels[0], config))
+        self.layers = nn.ModuleList()
         for before, width in pairwise(channels):
+            self.layers.extend(transform_blocks(before, before, config))
             self.layers.append(nn.Sequential(nn.Conv2d(before, 4 * width, 1), nn.PixelShuffle(2)))
-            self.layers.extend(transform_blocks(width, width, config))
+        self.last_layers = nn.ModuleList(transform_blocks(channels[-1], channels[-1], config))
+        self.stem = nn.Conv2d(config.num_channels * self.patch_size**2, channels[-1], 3, padding=1)
         self.activation = ACTIVATIONS[config.activation]()
         self.to_pixels = ZeroConv2d(channels[-1], config.num_channels * self.patch_size**2)
 
     def forward(self, code, positions=()):
-        pixels = F.pixel_shuffle(self.linear(code), self.downsampling)
+        pixels = self.dct.inverse(code)
         x = self.from_code(code)
         for layer in self.layers:
+            x = layer(x)
+        x = x + self.stem(F.pixel_unshuffle(pixels, self.patch_size))
+        for layer in self.last_layers:
             x = layer(x)
         return pixels + F.pixel_shuffle(self.to_pixels(self.activation(x)), self.patch_size)

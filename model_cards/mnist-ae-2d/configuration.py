@@ -325,7 +325,7 @@ class BetaVAEConfig(VAEConfig):
 
 
 class CompressiveAutoencoderConfig(AutoencoderConfig):
-    """Configuration of [`CompressiveAutoencoderModel`]. The defaults suit photos: 192 channels at 1/16 of the resolution."""
+    """Configuration of [`CompressiveAutoencoderModel`]. The defaults suit photos: 96 channels at 1/8 of the resolution."""
 
     model_type = "hf_ae_compressive"
 
@@ -334,20 +334,20 @@ class CompressiveAutoencoderConfig(AutoencoderConfig):
     num_channels: int = 3
     """1 gray or 3 RGB."""
     network: str = "transform"
-    """`transform`: a linear transform of patches that starts as a DCT, plus residual blocks without norm."""
-    hidden_sizes: list[int] = field(default_factory=lambda: [64, 96, 128])
+    """`transform`: a DCT of patches, plus residual blocks."""
+    hidden_sizes: list[int] = field(default_factory=lambda: [64, 128])
     """Channels of each level, from `patch_size` on; each after the first halves."""
-    latent_channels: int | None = 192
+    latent_channels: int | None = 96
     """Channels of the code."""
     patch_size: int | None = 4
     """The residual part begins on squares of this side: the code's stride is `patch_size`·2^(len(hidden_sizes) - 1) pixels."""
     num_res_blocks: int | None = 2
     """Residual blocks of each level."""
-    hyper_channels: list[int] = field(default_factory=lambda: [96, 64])
+    hyper_channels: list[int] = field(default_factory=lambda: [80, 48])
     """Channels inside the hyperprior's networks, and of the hyper-latents (1/4 of the code's height and width)."""
     reconstruction_loss: str = "mse"
     """The distortion: `mse` (times 255²), or `ms_ssim` (1 - MS-SSIM; images of at least 161 pixels)."""
-    lambda_range: list[float] = field(default_factory=lambda: [0.0012, 0.06])
+    lambda_range: list[float] = field(default_factory=lambda: [0.0006, 0.03])
     """λ of the loss bits per pixel + λ·distortion, at quality 0 and at quality 1; its logarithm is linear between."""
     quality: float = 0.5
     """0 (smallest files) to 1: what `encode` and the codec take where none is asked for. In training it is drawn at random."""
@@ -366,9 +366,9 @@ class CompressiveAutoencoderConfig(AutoencoderConfig):
         if self.num_channels not in (1, 3):
             raise ValueError(f"num_channels={self.num_channels} must be 1 (gray) or 3 (RGB) here.")
         if len(self.hyper_channels) != 2 or not all(1 <= width <= 1024 for width in self.hyper_channels):
-            raise ValueError(f"hyper_channels={self.hyper_channels} must be two whole numbers from 1 to 1024, such as [96, 64].")
+            raise ValueError(f"hyper_channels={self.hyper_channels} must be two whole numbers from 1 to 1024, such as [80, 48].")
         if len(self.lambda_range) != 2 or not 0 < self.lambda_range[0] < self.lambda_range[1] < math.inf:
-            raise ValueError(f"lambda_range={self.lambda_range} must be two rising positive numbers, such as [0.0012, 0.06].")
+            raise ValueError(f"lambda_range={self.lambda_range} must be two rising positive numbers, such as [0.0006, 0.03].")
         if not 0 <= self.quality <= 1:
             raise ValueError(f"quality={self.quality} must lie between 0 and 1.")
         if self.reconstruction_loss == "ms_ssim" and min(self.image_hw) < 161:
