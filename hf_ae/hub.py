@@ -308,7 +308,8 @@ def check_loads(folder: Path, library: str, class_name: str):
 
     try:
         ours = library.startswith("modeling_hf_ae_")
-        cls = AutoModel if ours else getattr(importlib.import_module(library), class_name)
+        module = "hf_ae.pipelines" if library == "pipeline" else library
+        cls = AutoModel if ours else getattr(importlib.import_module(module), class_name)
         is_model = cls is AutoModel or issubclass(cls, torch.nn.Module)
         loaded = cls.from_pretrained(folder, **({"output_loading_info": True} if is_model else {}))
     except Exception as error:

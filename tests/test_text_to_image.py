@@ -18,7 +18,7 @@ from transformers import BertConfig, BertModel, BertTokenizer, CLIPTextConfig, C
 
 import hf_ae
 import hf_ae.pipelines.text_to_image as module
-from hf_ae.pipelines import Preview, TextToImagePipeline
+from hf_ae.pipelines import CaptionPrior, Preview, TextToImagePipeline
 
 TOKENS, SIDE, SCALE, CHANNELS = 12, 16, 2, 4
 """Tokens of a text; pixels of a side; pixels to a latent position; latent channels."""
@@ -432,6 +432,39 @@ def test_texts_are_encoded_once_until_something_changes(pipe):
     for i in range(70):
         pipe(PROMPT + " " + "abcdefghij"[i // 10] + "abcdefghij"[i % 10], guidance_scale=1, num_inference_steps=1, output_type="latent")
     assert len(pipe._texts) == module.CACHED_TEXTS
+
+
+def test_the_prior_adds_the_cosines_with_a_caption_its_nearest_text_and_their_mean():
+    vectors = torch.nn.functional.normalize(torch.randn(6, 5, generator=torch.Generator().manual_seed(0)), dim=1)
+    leads = {0: [0, 2, 3], 1: [1, 3, 4, 5]}
+    prior = CaptionPrior(["cat", "dog"], num_texts=6, num_links=7, width=5)
+    links = torch.tensor([[caption, text] for caption, texts in leads.items() for text in texts], dtype=torch.int32).T
+    prior.load_state_dict({"vectors": vectors, "links": links})
+    texts = torch.randn(50, 5, generator=torch.Generator().manual_seed(1))
+
+    def score(text, caption):
+        cosines = [torch.cosine_similarity(text, vectors[i], dim=0) for i in leads[caption]]
+        mean = torch.stack([vectors[i] for i in leads[caption]]).mean(0)
+        return cosines[0] + max(cosines) + torch.cosine_similarity(text, mean, dim=0)
+
+    expected = ["cat" if score(text, 0) > score(text, 1) else "dog" for text in texts]
+    assert set(expected) == {"cat", "dog"} and prior(texts) == expected
+    assert prior(vectors[:2] * 7) == ["cat", "dog"]
+
+
+def test_with_a_prior_a_prompt_is_drawn_as_the_nearest_caption(pipe):
+    captions = ["a red cat", "the dog on a mat", "blue hat"]
+    pipe.register_modules(**dict(zip(("text_encoder", "tokenizer"), bert(use_attention_mask=True))))
+    plain = {caption: pipe(caption, seed=1, num_inference_steps=2, output_type="pt").images for caption in captions}
+    pipe.prior = CaptionPrior(captions, num_texts=3, num_links=3, width=16)
+    states = [pipe.text_encoder(**pipe.tokenizer(caption, return_tensors="pt"))[0].mean(1)[0] for caption in captions]
+    vectors = torch.nn.functional.normalize(torch.stack(states), dim=1)
+    pipe.prior.load_state_dict({"vectors": vectors, "links": torch.arange(3, dtype=torch.int32).repeat(2, 1)})
+    drawn = pipe(["a red cat cat", *captions], seed=[1] * 4, num_inference_steps=2, output_type="pt")
+    assert drawn.captions == ["a red cat", *captions]
+    for image, caption in zip(drawn.images, drawn.captions):
+        torch.testing.assert_close(image[None], plain[caption], atol=1e-5, rtol=0)
+    assert pipe("a red cat cat", seed=1, num_inference_steps=2, negative_prompt="dog").captions == ["a red cat"]
 
 
 @pytest.mark.parametrize("limit", ["tokenizer", "encoder"])
