@@ -24,7 +24,7 @@ from hf_ae.captions import Captions, tokenize
 from hf_ae.data import open_dataset
 from hf_ae.generate import load_pipeline
 from hf_ae.image_processing import to_mode
-from hf_ae.plots import captioned_grid
+from hf_ae.plots import image_grid
 from hf_ae.text_alignment import align_text_encoder, make_prior, text_encoder_from_scratch, text_vectors
 
 BATCH = 25
@@ -189,7 +189,7 @@ def sheet(pipe, emoji, features) -> dict:
     """64 prompts on one sheet: names, keywords, and words that no caption holds."""
     path = Path(pipe.config._name_or_path, "samples.png")
     prompts = PROMPTS.replace("\n", "|").split("|")
-    captioned_grid(draw(pipe, prompts), prompts, 8, path)
+    image_grid(draw(pipe, prompts), 8, path, cell=128, gap=12, captions=prompts)
     return {"prompts": len(prompts), "picture": str(path)}
 
 

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate.utils import set_seed
 from transformers import AutoConfig, AutoModel, AutoTokenizer
@@ -37,7 +36,7 @@ from hf_ae.latent_diffusion import LatentDiffusion, make_unet
 from hf_ae.pipeline_folder import save_pipeline
 from hf_ae.plots import image_grid
 from hf_ae.text_alignment import align_text_encoder, make_prior, round_matrices, text_encoder_from_scratch
-from hf_ae.training import Run, averaged, begin, clear_output, end, make_accelerator, optimize
+from hf_ae.training import Run, averaged, begin, clear_output, end, make_accelerator, optimize, show_samples
 
 
 @dataclass
@@ -316,7 +315,7 @@ def make_pipeline(args, scheduler, **components):
 @torch.no_grad()
 def validate(args, run: Run, captions: Captions, pipe, output: Path):
     """Draw sample pictures, with the averaged weights if there are any."""
-    accelerator, progress = run.accelerator, run.progress
+    accelerator = run.accelerator
     if not accelerator.is_main_process:
         return
     spread = torch.linspace(1, len(captions.texts) - 1, 32).long().unique()
@@ -328,13 +327,7 @@ def validate(args, run: Run, captions: Captions, pipe, output: Path):
         pixels = torch.cat([pipe(prompts[i : i + 16], seed=0, output_type="pt").images.float() for i in range(0, len(prompts), 16)])
     torch.set_rng_state(state)
     bare.train()
-    (output / "samples").mkdir(exist_ok=True)
-    sheet = image_grid(pixels, 8, output / "samples" / f"step-{progress.step:07d}.png", cell=64)
-    if args.report_to != "none":
-        for tracker in accelerator.trackers:
-            if hasattr(tracker, "log_images"):
-                layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-                tracker.log_images({"eval/samples": np.asarray(sheet)[None]}, step=progress.step, **layout)
+    show_samples(args, run, lambda path: image_grid(pixels, 8, path, cell=64), output)
 
 
 def finish(args, run: Run, pipeline, output: Path):
