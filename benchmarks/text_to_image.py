@@ -273,7 +273,8 @@ def main():
     for name in args.parts:
         metrics[name] = PARTS[name](pipe, emoji, features)
         print(f"{name}: {json.dumps(metrics[name])}", flush=True)
-        path.write_text(json.dumps(metrics | {"features": Features.name}, indent=2) + "\n")
+        about = {"features": Features.name, "command": "python benchmarks/text_to_image.py"}
+        path.write_text(json.dumps(metrics | about, indent=2) + "\n")
 
 
 if __name__ == "__main__":
