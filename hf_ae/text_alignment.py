@@ -139,7 +139,10 @@ def make_prior(captions: Captions, text_encoder, tokenizer):
     device = next(text_encoder.parameters()).device
     vectors = text_vectors(text_encoder, tokenize(tokenizer, [captions.texts[number] for number in order], device))
     prior = CaptionPrior([captions.texts[number] for number in drawn], *vectors.shape[:1], len(links), vectors.shape[1])
-    prior.load_state_dict({"vectors": vectors.cpu(), "links": torch.tensor(sorted(links), dtype=torch.int32).T})
+    tensors = {"vectors": vectors.cpu(), "links": torch.tensor(sorted(links), dtype=torch.int32).T}
+    firsts, texts = tensors["links"].long()
+    means = torch.zeros(len(drawn), vectors.shape[1]).index_add(0, firsts, tensors["vectors"][texts])
+    prior.load_state_dict(tensors | {"means": F.normalize(means, dim=1)})
     return prior
 
 

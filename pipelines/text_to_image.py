@@ -83,21 +83,20 @@ class CaptionPrior(ModelMixin, ConfigMixin):
 
     @register_to_config
     def __init__(self, captions: list[str], num_texts: int, num_links: int, width: int):
-        """`vectors` (num_texts, width): unit vectors of texts, first those of `captions`. `links` (2, num_links): the numbers
-        of a caption and of a text that leads to it."""
+        """`vectors` (num_texts, width): unit vectors of texts, first those of `captions`. `means` (captions, width): unit vectors
+        too. `links` (2, num_links): the numbers of a caption and of a text that leads to it."""
         super().__init__()
         self.register_buffer("vectors", torch.zeros(num_texts, width))
+        self.register_buffer("means", torch.zeros(len(captions), width))
         self.register_buffer("links", torch.zeros(2, num_links, dtype=torch.int32))
 
     def forward(self, vectors: torch.Tensor) -> list[str]:
         """(texts, width) -> the nearest caption of each."""
-        (captions, texts), known = self.links.long(), self.vectors.float()
-        vectors, count = F.normalize(vectors.float(), dim=1), len(self.config.captions)
-        means = F.normalize(known.new_zeros(count, known.shape[1]).index_add(0, captions, known[texts]), dim=1)
-        cosines = vectors @ known.T
-        owners = captions.expand(len(vectors), -1)
-        nearest = cosines.new_full((len(vectors), count), -1.0).scatter_reduce(1, owners, cosines[:, texts], "amax")
-        scores = cosines[:, :count] + nearest + vectors @ means.T
+        (captions, texts), vectors = self.links.long(), F.normalize(vectors.float(), dim=1)
+        cosines = vectors @ self.vectors.float().T
+        nearest = cosines.new_full((len(vectors), len(self.means)), -1.0)
+        nearest = nearest.scatter_reduce(1, captions.expand(len(vectors), -1), cosines[:, texts], "amax")
+        scores = cosines[:, : len(self.means)] + nearest + vectors @ self.means.float().T
         return [self.config.captions[number] for number in scores.argmax(1).tolist()]
 
 

@@ -85,6 +85,18 @@ def test_resumed_gives_bitwise_the_weights_of_an_uninterrupted_run(arguments, tm
     assert all(torch.equal(one[k], other[k]) for k in one)
 
 
+def test_a_run_is_resumed_in_another_process(arguments, vae, tmp_path):
+    train(arguments(max_train_steps=3, checkpointing_steps=2, lr_scheduler="constant"))
+    whole = weights(tmp_path / "run")
+    flags = [f"--resume_from_checkpoint={tmp_path / 'run' / 'checkpoint-2'}", f"--output_dir={tmp_path / 'resumed'}"]
+    command = [sys.executable, "-m", "hf_ae.train_latent_diffusion", str(tmp_path / "run" / "recipe.yaml"), *flags]
+    done = subprocess.run(command, env={**os.environ, "PYTHONHASHSEED": "7"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "Going on from checkpoint-2" in done.stdout
+    for name, weight in weights(tmp_path / "resumed").items():
+        torch.testing.assert_close(weight, whole[name], rtol=0, atol=1e-6)
+
+
 def test_two_processes_take_the_step_of_one(vae, tmp_path):
     """The gradient of 2 × 4 pictures is that of 8: the caption and the noise are fixed by dropping all captions' choice."""
     flags = [

@@ -46,7 +46,8 @@ def make_pipeline(vae) -> TextToImagePipeline:
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
     )  # fmt: skip
     prior = CaptionPrior(["a slice", "pizza"], num_texts=3, num_links=3, width=16)
-    prior.load_state_dict({"vectors": torch.randn(3, 16), "links": torch.tensor([[0, 1, 1], [0, 1, 2]], dtype=torch.int32)})
+    links = torch.tensor([[0, 1, 1], [0, 1, 2]], dtype=torch.int32)
+    prior.load_state_dict({"vectors": torch.randn(3, 16), "means": torch.randn(2, 16), "links": links})
     return TextToImagePipeline(
         vae=vae.eval(),
         prior=prior,

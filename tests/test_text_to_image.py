@@ -183,7 +183,8 @@ def test_the_prior_adds_the_cosines_with_a_caption_its_nearest_text_and_their_me
     leads = {0: [0, 2, 3], 1: [1, 3, 4, 5]}
     prior = CaptionPrior(["cat", "dog"], num_texts=6, num_links=7, width=5)
     links = torch.tensor([[caption, text] for caption, texts in leads.items() for text in texts], dtype=torch.int32).T
-    prior.load_state_dict({"vectors": vectors, "links": links})
+    means = torch.nn.functional.normalize(torch.stack([vectors[texts].mean(0) for texts in leads.values()]), dim=1)
+    prior.load_state_dict({"vectors": vectors, "means": means, "links": links})
     texts = torch.randn(50, 5, generator=torch.Generator().manual_seed(1))
 
     def score(text, caption):
@@ -203,7 +204,7 @@ def test_with_a_prior_a_prompt_is_drawn_as_the_nearest_caption(pipe):
     pipe.prior = CaptionPrior(captions, num_texts=3, num_links=3, width=16)
     states = [pipe.text_encoder(**pipe.tokenizer(caption, return_tensors="pt"))[0].mean(1)[0] for caption in captions]
     vectors = torch.nn.functional.normalize(torch.stack(states), dim=1)
-    pipe.prior.load_state_dict({"vectors": vectors, "links": torch.arange(3, dtype=torch.int32).repeat(2, 1)})
+    pipe.prior.load_state_dict({"vectors": vectors, "means": vectors, "links": torch.arange(3, dtype=torch.int32).repeat(2, 1)})
     drawn = pipe(["a red cat cat", *captions], seed=[1] * 4, num_inference_steps=2, output_type="pt")
     assert drawn.captions == ["a red cat", *captions]
     for image, caption in zip(drawn.images, drawn.captions):
