@@ -7,6 +7,7 @@ import json
 import os
 import random
 from collections.abc import Iterator
+from copy import copy
 from pathlib import Path
 
 import torch
@@ -75,6 +76,15 @@ class Captions:
             raise ValueError(f"No picture has a caption in {', '.join(columns)}.")
         if bare:
             print(f"{bare} of {len(self.choices)} pictures have no caption: they teach the model what to draw without a prompt.")
+
+    def first_column(self) -> Captions:
+        """The same pictures with the captions of their first column alone."""
+        first = copy(self)
+        first.choices = [columns[:1] for columns in self.choices]
+        kept = {number: i for i, number in enumerate(sorted({0, *(n for row in first.choices for column in row for n in column)}))}
+        first.choices = [[[kept[n] for n in column] for column in row] for row in first.choices]
+        first.texts = [self.texts[number] for number in kept]
+        return first
 
     def __len__(self) -> int:
         return len(self.choices)

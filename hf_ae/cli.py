@@ -184,7 +184,7 @@ def demo(
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the pictures.")] = Path("demo"),
     seconds: Annotated[int, typer.Option("--seconds", min=5, help="How long to train, about.")] = 60,
 ):
-    """Show the product on what the checkout carries: a round trip, and a model trained, reloaded and evaluated."""
+    """Show the product on what the checkout carries: prompts to pictures, a round trip, and a model trained, reloaded, evaluated."""
     from .demo import run
 
     run(output, seconds)

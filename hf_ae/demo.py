@@ -55,7 +55,7 @@ PROMPTS = ["a slice of pizza", "red heart", "rocket", "birthday cake", "cat face
 def draw_prompts(path: Path):
     """One picture for each prompt, by the shipped text-to-image pipeline."""
     from .generate import DEFAULT, load_pipeline
-    from .plots import captioned_grid
+    from .plots import image_grid
 
     if not (DEFAULT / "model_index.json").is_file():
         return
@@ -64,7 +64,7 @@ def draw_prompts(path: Path):
     started = time.perf_counter()
     pixels = pipe(PROMPTS, seed=[0] * len(PROMPTS), output_type="pt").images
     print(f"   {len(PROMPTS)} pictures in {time.perf_counter() - started:.1f} s")
-    captioned_grid(pixels, PROMPTS, 8, path)
+    image_grid(pixels, 8, path, cell=128, gap=12, captions=PROMPTS)
 
 
 def round_trip(path: Path):

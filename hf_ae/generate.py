@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
 from PIL import Image
 
 from .image_processing import open_image, to_mode
@@ -50,18 +49,27 @@ def numbers(text: str) -> list[int]:
         raise ValueError(f"steps-grid {text!r} must be whole numbers with commas between, such as 10,20,40.") from None
 
 
+def draw(pipe, prompt: str, steps: int | None, seed: int, count: int, options: dict):
+    """The pipeline's output, `count` pictures (count, channels, height, width) in 0…1 with the seeds from `seed` on."""
+    return pipe(prompt, seed=seed, num_inference_steps=steps, num_images_per_prompt=count, output_type="pt", **options)
+
+
+def say_caption(prompt: str, output):
+    """Print what the pipeline's prior took the prompt for, if that is another text."""
+    if output.captions and output.captions[0].lower() != prompt.lower():
+        print(f"Drawn as: {output.captions[0]}")
+
+
 def pictures(pipe, prompt: str, steps: int | None, seed: int, count: int, options: dict) -> Image.Image:
-    """One picture, or `count` side by side, with the seeds from `seed` on."""
-    images = pipe(prompt, seed=seed, num_inference_steps=steps, num_images_per_prompt=count, output_type="pt", **options).images
-    if count == 1:
-        return image_grid(images, 1, cell=images.shape[-2], gap=0)
-    return image_grid(images, min(count, 8), cell=images.shape[-2], gap=2)
+    """One picture, or several side by side."""
+    output = draw(pipe, prompt, steps, seed, count, options)
+    say_caption(prompt, output)
+    images = output.images
+    return image_grid(images, 1 if count == 1 else min(count, 8), cell=images.shape[-2], gap=0 if count == 1 else 2)
 
 
 def steps_sheet(pipe, prompt: str, steps: list[int], seed: int, count: int, options: dict) -> Image.Image:
     """One row for each number of steps, one column for each seed: what more steps buy."""
-    rows = {}
-    for number in steps:
-        images = pipe(prompt, seed=seed, num_inference_steps=number, num_images_per_prompt=count, output_type="pt", **options).images
-        rows[f"{number} steps"] = torch.as_tensor(images)
-    return labelled_rows(rows, cell=128)
+    outputs = {f"{number} steps": draw(pipe, prompt, number, seed, count, options) for number in steps}
+    say_caption(prompt, next(iter(outputs.values())))
+    return labelled_rows({name: output.images for name, output in outputs.items()}, cell=128)

@@ -206,20 +206,20 @@ def components_section(folder: Path) -> str:
     for name, (library, class_name) in components(folder).items():
         tensors = [t for path in (folder / name).glob("*.safetensors") for t in load_file(path).values()]
         count, dtypes = sum(t.numel() for t in tensors), {str(t.dtype).removeprefix("torch.") for t in tensors}
-        source = "hf_ae" if library.startswith("modeling_hf_ae_") else library
+        source = "hf_ae" if library == "pipeline" or library.startswith("modeling_hf_ae_") else library
         rows.append(f"| `{name}` | {source} `{class_name}` | {f'{count:,}' if tensors else ''} | {', '.join(sorted(dtypes))} |")
     return "## Components\n\n| | class | parameters | stored as |\n| --- | --- | ---: | --- |\n" + "\n".join(rows)
 
 
 def figures_section(metrics: dict) -> str:
-    """A table of all that metrics.json holds."""
+    """A table of all numbers and texts that metrics.json holds."""
 
     def rows(values: dict, prefix: str = ""):
         for key, value in values.items():
             title = f"{prefix}{key.replace('_', ' ')}"
             if isinstance(value, dict):
                 yield from rows(value, f"{title}: ")
-            elif key != "command":
+            elif key != "command" and not isinstance(value, list):
                 yield f"| {title} | {f'{value:.4g}' if isinstance(value, float) else value} |"
 
     text = "## Results\n\n| | |\n| --- | ---: |\n" + "\n".join(rows(metrics))
@@ -328,7 +328,8 @@ def check_loads(folder: Path, library: str, class_name: str):
 
     try:
         ours = library.startswith("modeling_hf_ae_")
-        cls = AutoModel if ours else getattr(importlib.import_module(library), class_name)
+        module = "hf_ae.pipelines" if library == "pipeline" else library
+        cls = AutoModel if ours else getattr(importlib.import_module(module), class_name)
         is_model = cls is AutoModel or issubclass(cls, torch.nn.Module)
         loaded = cls.from_pretrained(folder, **({"output_loading_info": True} if is_model else {}))
     except Exception as error:

@@ -37,7 +37,8 @@ class LatentDiffusion(nn.Module):
         self.unet, self.text_encoder, self.snr_gamma, self.timestep_shift = unet, text_encoder, snr_gamma, timestep_shift
         self.prediction = scheduler.config.prediction_type
         self.register_buffer("alphas_cumprod", scheduler.alphas_cumprod.float(), persistent=False)
-        parts = {"unet": dict(unet.config), "text_encoder": text_encoder and text_encoder.config.to_dict()}
+        fields = {name: value for name, value in unet.config.items() if not name.startswith("_")}  # diffusers' notes differ each time
+        parts = {"unet": fields, "text_encoder": text_encoder and text_encoder.config.to_dict()}
         settings = {"prediction_type": self.prediction, "snr_gamma": snr_gamma, "timestep_shift": timestep_shift}
         self.config = PreTrainedConfig(**parts, **settings)
 

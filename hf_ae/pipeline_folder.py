@@ -3,6 +3,7 @@
 ```
 model_index.json            _class_name: ["pipeline", "TextToImagePipeline"]; vae: ["modeling_hf_ae_vae", "VAEModel"]
 pipeline.py                 a copy of pipelines/text_to_image.py
+prior/pipeline.py           the same copy, if there is a prior: diffusers wants the code of a component in its folder
 vae/modeling_hf_ae_vae.py   the modules that the VAE needs, in one file: diffusers takes only that one from the Hub
 vae/ unet/ tokenizer/ ...   what each component's own save_pretrained writes
 ```
@@ -31,8 +32,16 @@ def save_pipeline(pipe, folder, dtype: str = "float32"):
     for name in components(folder):
         for path in (folder / name).glob("*.safetensors"):
             tensors = load(path.read_bytes())  # into memory: the file is replaced
-            save_file({k: v.to(stored) if v.is_floating_point() else v for k, v in tensors.items()}, path, metadata={"format": "pt"})
+            save_file({name: compact(tensor, stored) for name, tensor in tensors.items()}, path, metadata={"format": "pt"})
     write_code(folder)
+
+
+def compact(tensor: torch.Tensor, stored: torch.dtype) -> torch.Tensor:
+    """As `stored`; matrices that `round_matrices` rounded to float8 are stored so, which loses nothing. Integers stay."""
+    if not tensor.is_floating_point():
+        return tensor
+    small = tensor.to(torch.float8_e4m3fn)
+    return small if tensor.ndim == 2 and torch.equal(small.to(tensor.dtype), tensor) else tensor.to(stored)
 
 
 def components(folder: Path) -> dict[str, tuple[str, str]]:
@@ -67,8 +76,10 @@ def code_files(folder: Path) -> dict[str, str]:
     class_name = class_name[-1] if isinstance(class_name, list) else class_name
     if source := pipeline_source(class_name):
         index["_class_name"], files["pipeline.py"] = ["pipeline", class_name], source
-    for name in components(folder):
+    for name, (_, cls_name) in components(folder).items():
         config = read_json(folder / name / "config.json")
+        if source and f"\nclass {cls_name}(" in source:
+            index[name], files[f"{name}/pipeline.py"] = ["pipeline", cls_name], source
         model_type = config.get("model_type", "")
         if model_type.startswith("hf_ae_") and model_type in CONFIG_MAPPING:
             model: Any = MODEL_MAPPING[CONFIG_MAPPING[model_type]]

@@ -42,30 +42,17 @@ def labelled_rows(rows: dict[str, torch.Tensor], path=None, cell: int = 56, gap:
     return sheet
 
 
-def image_grid(pixels: torch.Tensor, columns: int, path=None, cell: int = 28, gap: int = 1) -> Image.Image:
-    """Images (images, channels, height, width) in 0…1 in rows of `columns`; saved to `path`."""
-    images = to_images(pixels, cell)
-    width, height = images[0].size
-    rows = -(-len(images) // columns)
-    sheet = Image.new("RGB", (columns * (width + gap) + gap, rows * (height + gap) + gap), "white")
+def image_grid(pixels: torch.Tensor, columns: int, path=None, cell: int = 28, gap: int = 1, captions: list[str] | None = None):
+    """Images (images, channels, height, width) in 0…1 in rows of `columns`, each over its caption if any; saved to `path`."""
+    images, line = to_images(pixels, cell), cell // 5 if captions else 0
+    width, height = images[0].width + gap, images[0].height + gap + line
+    sheet = Image.new("RGB", (columns * width + gap, -(-len(images) // columns) * height + gap), "white")
+    draw, font = ImageDraw.Draw(sheet), label_font(max(8, cell // 10))
     for i, image in enumerate(images):
-        sheet.paste(image, (gap + i % columns * (width + gap), gap + i // columns * (height + gap)))
-    if path is not None:
-        sheet.save(path)
-    return sheet
-
-
-def captioned_grid(pixels: torch.Tensor, captions: list[str], columns: int, path=None, cell: int = 128) -> Image.Image:
-    """Images (images, channels, height, width) in 0…1 in rows of `columns`, each over its caption; saved to `path`."""
-    images = to_images(pixels, cell)
-    font, margin, line = label_font(cell // 10), cell // 10, cell // 5
-    width, height = images[0].width + margin, images[0].height + line + margin
-    sheet = Image.new("RGB", (columns * width, -(-len(images) // columns) * height), "white")
-    draw = ImageDraw.Draw(sheet)
-    for i, (image, caption) in enumerate(zip(images, captions)):
-        left, top = i % columns * width, i // columns * height
-        sheet.paste(image, (left + margin // 2, top + margin // 2))
-        draw.text((left + width / 2, top + image.height + margin), caption, "#333333", font, anchor="mm")
+        left, top = gap + i % columns * width, gap + i // columns * height
+        sheet.paste(image, (left, top))
+        if captions:
+            draw.text((left + image.width / 2, top + image.height + line / 2), captions[i], "#333333", font, anchor="mm")
     if path is not None:
         sheet.save(path)
     return sheet

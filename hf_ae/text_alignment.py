@@ -115,8 +115,40 @@ def align_text_encoder(text_encoder, tokenizer, captions: Captions, latents: tor
 @torch.no_grad()
 def first_vectors(text_encoder, tokens: dict, captions: Captions) -> torch.Tensor:
     """For each picture the mean over its columns of the mean of their captions' vectors: (pictures, width)."""
-    parts = zip(tokens["input_ids"].split(256), tokens["attention_mask"].split(256))
-    vectors = torch.cat([F.normalize(mean_states(text_encoder, {"input_ids": i, "attention_mask": m}), dim=1) for i, m in parts])
+    vectors = text_vectors(text_encoder, tokens)
     empty = vectors.new_zeros(vectors.shape[1])
     means = [[vectors[numbers].mean(0) for numbers in columns] or [empty] for columns in captions.choices]
     return torch.stack([torch.stack(columns).mean(0) for columns in means])
+
+
+@torch.no_grad()
+def text_vectors(text_encoder, tokens: dict) -> torch.Tensor:
+    """A unit vector for each text, (texts, width)."""
+    parts = zip(tokens["input_ids"].split(256), tokens["attention_mask"].split(256))
+    return torch.cat([F.normalize(mean_states(text_encoder, {"input_ids": i, "attention_mask": m}), dim=1) for i, m in parts])
+
+
+def make_prior(captions: Captions, text_encoder, tokenizer):
+    """The `CaptionPrior` of the captions in the first column: all texts of a picture lead to it."""
+    from hf_ae.pipelines import CaptionPrior
+
+    drawn = dict.fromkeys(number for row in captions.choices for number in (row[0] if row else []))
+    order = list(drawn | dict.fromkeys(range(1, len(captions.texts))))
+    place = {number: i for i, number in enumerate(order)}
+    links = {(place[first], place[n]) for row in captions.choices if row for first in row[0] for column in row for n in column}
+    device = next(text_encoder.parameters()).device
+    vectors = text_vectors(text_encoder, tokenize(tokenizer, [captions.texts[number] for number in order], device))
+    prior = CaptionPrior([captions.texts[number] for number in drawn], *vectors.shape[:1], len(links), vectors.shape[1])
+    tensors = {"vectors": vectors.cpu(), "links": torch.tensor(sorted(links), dtype=torch.int32).T}
+    firsts, texts = tensors["links"].long()
+    means = torch.zeros(len(drawn), vectors.shape[1]).index_add(0, firsts, tensors["vectors"][texts])
+    prior.load_state_dict(tensors | {"means": F.normalize(means, dim=1)})
+    return prior
+
+
+@torch.no_grad()
+def round_matrices(model):
+    """Round all matrices in place to what float8 (e4m3: three bits of mantissa) holds; vectors stay as they are."""
+    for weight in model.parameters():
+        if weight.ndim == 2:
+            weight.copy_(weight.to(torch.float8_e4m3fn))

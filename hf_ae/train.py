@@ -6,9 +6,9 @@ import itertools
 import os
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 from accelerate.utils import set_seed
 from tqdm.auto import tqdm
@@ -39,7 +39,7 @@ from hf_ae.data import (
 from hf_ae.hub import check_login, push_folder, write_card
 from hf_ae.plots import labelled_rows
 from hf_ae.pretraining import pretrain_layerwise
-from hf_ae.training import Run, averaged, begin, clear_output, end, make_accelerator, optimize, save_model
+from hf_ae.training import Run, averaged, begin, clear_output, end, make_accelerator, optimize, save_model, show_samples
 
 
 @dataclass
@@ -176,15 +176,9 @@ def validate(args, run: Run, pixels: torch.Tensor, output: Path):
         picture = draw_samples(model, to_pixel_values(pixels[:12], accelerator.device, model.config.pixel_range))
     model.train()
     tqdm.write(f"step {progress.step}: " + "  ".join(f"{name} {value:.4f}" for name, value in totals.items()))
-    (output / "samples").mkdir(exist_ok=True)
-    picture_path = output / "samples" / f"step-{progress.step:07d}.png"
-    sheet = labelled_rows(picture, picture_path)
+    show_samples(args, run, partial(labelled_rows, picture), output)
     if args.report_to != "none":
         accelerator.log({f"eval/{name}": value for name, value in totals.items()}, step=progress.step)
-        for tracker in accelerator.trackers:
-            if hasattr(tracker, "log_images"):
-                layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-                tracker.log_images({"eval/samples": np.asarray(sheet)[None]}, step=progress.step, **layout)
 
 
 def draw_samples(model, values: torch.Tensor) -> dict[str, torch.Tensor]:

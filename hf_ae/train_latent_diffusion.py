@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate.utils import set_seed
 from transformers import AutoConfig, AutoModel, AutoTokenizer
@@ -36,8 +35,8 @@ from hf_ae.hub import check_login, push_folder, write_card
 from hf_ae.latent_diffusion import LatentDiffusion, make_unet
 from hf_ae.pipeline_folder import save_pipeline
 from hf_ae.plots import image_grid
-from hf_ae.text_alignment import align_text_encoder, text_encoder_from_scratch
-from hf_ae.training import Run, averaged, begin, clear_output, end, make_accelerator, optimize
+from hf_ae.text_alignment import align_text_encoder, make_prior, round_matrices, text_encoder_from_scratch
+from hf_ae.training import Run, averaged, begin, clear_output, end, make_accelerator, optimize, show_samples
 
 
 @dataclass
@@ -49,11 +48,16 @@ class LatentDiffusionArguments(TrainingArguments):
     text_encoder: str | None = flag(None, "Folder or Hub id of a transformers text model, kept frozen; default: a small one, trained too.")
     text_overrides: str | None = flag(None, 'Fields of the small text encoder (a BertConfig): "hidden_size=256,num_hidden_layers=4".')
     align_text_epochs: int = flag(0, "First fine-tune the text encoder, so many epochs, so that captions lie near their pictures' latents.")
+    round_text_encoder: bool = flag(False, "Round the matrices of an aligned text encoder to float8: stored in a quarter of the bytes.")
     max_text_length: int = flag(32, "Tokens of a prompt; more are cut off.")
     image_column: str | None = flag(None, "Column of the images; default: the only one that holds images.")
     caption_columns: str = flag(
         "text",
         "Columns of captions (text, or lists of text): each step draws a column, then one of its captions. One named twice counts twice.",
+    )
+    caption_prior: bool = flag(
+        False,
+        "For few pictures: draw each prompt as the nearest caption of the first column; the other columns only lead to it.",
     )
     caption_dropout: float = flag(0.1, "Share of empty captions, which classifier-free guidance needs.")
     image_size: int | None = flag(None, "Height and width of the pictures; default: the autoencoder's.")
@@ -101,25 +105,28 @@ def train(args: LatentDiffusionArguments):
     base: Any = load_pipeline(args.pretrained_pipeline) if args.pretrained_pipeline else None
     vae = (load_vae(args.vae) if args.vae else base.vae.eval().requires_grad_(False)).to(accelerator.device)
     dataset, column, captions = load_captions(args)
+    drawn = captions.first_column() if args.caption_prior else captions
     if accelerator.is_main_process:
         clear_output(output, everything=args.overwrite_output_dir and resume_from is None)
     accelerator.wait_for_everyone()
     cache = Path(args.latent_cache) if args.latent_cache else output / "latents"
     latents = cached_latents(vae, dataset, column, picture_processor(vae, args.image_size), cache, accelerator)
     latents = scaled(vae, latents)
-    tokenizer, text_encoder = load_text_encoder(args, base, captions, latents, output, accelerator, resume_from is not None)
+    tokenizer, text_encoder = load_text_encoder(args, base, captions, latents, output, accelerator, resume_from)
     scheduler, unet = make_scheduler(args, base), load_unet(args, base, latents, text_encoder, accelerator.device)
     jointly = args.text_encoder is None and base is None
     model = LatentDiffusion(unet, scheduler, text_encoder if jointly else None, args.snr_gamma, args.timestep_shift)
-    data = {"pictures": len(captions), "captions": len(captions.texts), "caption_dropout": args.caption_dropout}
+    data = {"pictures": len(captions), "captions": len(drawn.texts), "caption_dropout": args.caption_dropout}
     batches = num_batches(len(captions), args.train_batch_size, accelerator.num_processes)
     run = begin(args, accelerator, model.to(accelerator.device), batches, data, resume_from)
 
     def pipeline():
         bare = run.bare_model
-        return make_pipeline(args, vae, bare.text_encoder or text_encoder, tokenizer, bare.unet, scheduler)
+        reader = bare.text_encoder or text_encoder
+        prior = make_prior(captions, reader, tokenizer) if args.caption_prior else None
+        return make_pipeline(args, vae=vae, text_encoder=reader, tokenizer=tokenizer, unet=bare.unet, scheduler=scheduler, prior=prior)
 
-    loop(args, run, latents, captions, tokenizer, text_encoder, lambda: validate(args, run, captions, pipeline(), output), output)
+    loop(args, run, latents, drawn, tokenizer, text_encoder, lambda: validate(args, run, drawn, pipeline(), output), output)
     finish(args, run, pipeline, output)
 
 
@@ -191,9 +198,9 @@ def scaled(vae, latents: torch.Tensor) -> torch.Tensor:
     return latents * vae.config.scaling_factor
 
 
-def load_text_encoder(args, base, captions: Captions, latents: torch.Tensor, output: Path, accelerator, resumed: bool):
+def load_text_encoder(args, base, captions: Captions, latents: torch.Tensor, output: Path, accelerator, resume_from: Path | None):
     """(tokenizer, text encoder): given and frozen, fine-tuned first where asked, or new."""
-    folder, name = output / "text_encoder", args.text_encoder
+    folder, name = (resume_from.parent if resume_from else output) / "text_encoder", args.text_encoder
     if name is None and base is not None:
         return base.tokenizer, base.text_encoder.to(accelerator.device).eval().requires_grad_(False)
     if name is None:
@@ -202,14 +209,16 @@ def load_text_encoder(args, base, captions: Captions, latents: torch.Tensor, out
         raise ValueError(f"The text encoder {name} is neither a folder nor a Hub id (owner/name).")
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
-        text_encoder = open_text_model(folder if resumed and args.align_text_epochs else name)
+        text_encoder = open_text_model(folder if resume_from and args.align_text_epochs else name)
     except Exception as error:
         raise ValueError(f"The text encoder {name} cannot be loaded: {str(error).strip().splitlines()[0]}") from None
     tokenizer.model_max_length = min(args.max_text_length, tokenizer.model_max_length)
     text_encoder.to(accelerator.device).eval().requires_grad_(False)
-    if args.align_text_epochs and not resumed:
+    if args.align_text_epochs and not resume_from:
         if accelerator.is_main_process:
             align_text_encoder(text_encoder, tokenizer, captions, latents, args.align_text_epochs, args.seed, accelerator.print)
+            if args.round_text_encoder:
+                round_matrices(text_encoder)
             text_encoder.save_pretrained(folder)
         accelerator.wait_for_everyone()
         text_encoder = open_text_model(folder).to(accelerator.device).eval().requires_grad_(False)
@@ -289,17 +298,14 @@ def loop(args, run: Run, latents, captions: Captions, tokenizer, text_encoder, m
     optimize(args, run, captions.batches, forward, measure, output)
 
 
-def make_pipeline(args, vae, text_encoder, tokenizer, unet, scheduler):
+def make_pipeline(args, scheduler, **components):
     """The pipeline of these components, with a sampler that needs few steps (Lu et al. 2022)."""
     from diffusers import DPMSolverMultistepScheduler
 
     from hf_ae.pipelines import TextToImagePipeline
 
     return TextToImagePipeline(
-        vae=vae,
-        text_encoder=text_encoder,
-        tokenizer=tokenizer,
-        unet=unet,
+        **components,
         scheduler=DPMSolverMultistepScheduler.from_config(scheduler.config),
         default_num_inference_steps=args.num_inference_steps,
         default_guidance_scale=args.guidance_scale,
@@ -309,7 +315,7 @@ def make_pipeline(args, vae, text_encoder, tokenizer, unet, scheduler):
 @torch.no_grad()
 def validate(args, run: Run, captions: Captions, pipe, output: Path):
     """Draw sample pictures, with the averaged weights if there are any."""
-    accelerator, progress = run.accelerator, run.progress
+    accelerator = run.accelerator
     if not accelerator.is_main_process:
         return
     spread = torch.linspace(1, len(captions.texts) - 1, 32).long().unique()
@@ -321,13 +327,7 @@ def validate(args, run: Run, captions: Captions, pipe, output: Path):
         pixels = torch.cat([pipe(prompts[i : i + 16], seed=0, output_type="pt").images.float() for i in range(0, len(prompts), 16)])
     torch.set_rng_state(state)
     bare.train()
-    (output / "samples").mkdir(exist_ok=True)
-    sheet = image_grid(pixels, 8, output / "samples" / f"step-{progress.step:07d}.png", cell=64)
-    if args.report_to != "none":
-        for tracker in accelerator.trackers:
-            if hasattr(tracker, "log_images"):
-                layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-                tracker.log_images({"eval/samples": np.asarray(sheet)[None]}, step=progress.step, **layout)
+    show_samples(args, run, lambda path: image_grid(pixels, 8, path, cell=64), output)
 
 
 def finish(args, run: Run, pipeline, output: Path):

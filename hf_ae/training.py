@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
@@ -215,6 +216,16 @@ def report(args, run: Run, bar, output):
         run.accelerator.log({"train/loss": float(output.loss.detach()), "learning_rate": rate, **terms}, step=run.progress.step)
 
 
+def show_samples(args, run: Run, draw, output: Path):
+    """Write the picture that `draw(path)` makes into the samples of the run, and give it to the trackers that take pictures."""
+    (output / "samples").mkdir(exist_ok=True)
+    sheet = draw(output / "samples" / f"step-{run.progress.step:07d}.png")
+    for tracker in run.accelerator.trackers if args.report_to != "none" else []:
+        if hasattr(tracker, "log_images"):
+            layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+            tracker.log_images({"eval/samples": np.asarray(sheet)[None]}, step=run.progress.step, **layout)
+
+
 def begin(args: TrainingArguments, accelerator, model, batches: int, data: dict, resume_from: Path | None) -> Run:
     """The model with its optimizers, schedules and moving average, new or as a checkpoint left them.
 
@@ -244,14 +255,14 @@ def optimize(args: TrainingArguments, run: Run, batches, forward, validate, outp
     and `.losses`, `validate()` (or None) measures.
     """
     try:
-        with_guards(args, run, batches, forward, validate, output)
+        take_steps(args, run, batches, forward, validate, output)
     except NonFiniteLossError as error:
         good = next(reversed(checkpoints(output)), None)
         advice = f"The last good checkpoint is {good}." if good else "No checkpoint was written before."
         raise NonFiniteLossError(f"{error} {advice} Try a lower --learning_rate or --max_grad_norm 1.0.") from None
 
 
-def with_guards(args, run, batches, forward, validate, output):
+def take_steps(args, run, batches, forward, validate, output):
     """What `optimize` does, as long as the loss is finite."""
     accelerator, progress = run.accelerator, run.progress
     share = dict(seed=args.seed, rank=accelerator.process_index, processes=accelerator.num_processes)

@@ -1,5 +1,5 @@
 """Custom diffusers pipelines, one file each: installed as `hf_ae.pipelines`, uploaded as a model repo's `pipeline.py`."""
 
-from .text_to_image import Preview, TextToImageOutput, TextToImagePipeline
+from .text_to_image import CaptionPrior, Preview, TextToImageOutput, TextToImagePipeline
 
-__all__ = ["Preview", "TextToImageOutput", "TextToImagePipeline"]
+__all__ = ["CaptionPrior", "Preview", "TextToImageOutput", "TextToImagePipeline"]

@@ -35,3 +35,13 @@ def train_args(tmp_path):
         return ImageTrainingArguments(**{**defaults, **values})
 
     return make
+
+
+@pytest.fixture
+def warnings(monkeypatch):
+    """The warnings of the text-to-image pipeline."""
+    from hf_ae.pipelines import text_to_image
+
+    said: list[str] = []
+    monkeypatch.setattr(text_to_image.logger, "warning", said.append)
+    return said

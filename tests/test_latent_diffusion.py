@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 
 import hf_ae
+from hf_ae.arguments import parse_overrides
 from hf_ae.captions import Captions, cached_latents, text_states, tokenize
 from hf_ae.latent_diffusion import LatentDiffusion, make_unet
 from hf_ae.pipelines import TextToImagePipeline
@@ -84,6 +85,18 @@ def test_resumed_gives_bitwise_the_weights_of_an_uninterrupted_run(arguments, tm
     assert all(torch.equal(one[k], other[k]) for k in one)
 
 
+def test_a_run_is_resumed_in_another_process(arguments, vae, tmp_path):
+    train(arguments(max_train_steps=3, checkpointing_steps=2, lr_scheduler="constant"))
+    whole = weights(tmp_path / "run")
+    flags = [f"--resume_from_checkpoint={tmp_path / 'run' / 'checkpoint-2'}", f"--output_dir={tmp_path / 'resumed'}"]
+    command = [sys.executable, "-m", "hf_ae.train_latent_diffusion", str(tmp_path / "run" / "recipe.yaml"), *flags]
+    done = subprocess.run(command, env={**os.environ, "PYTHONHASHSEED": "7"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "Going on from checkpoint-2" in done.stdout
+    for name, weight in weights(tmp_path / "resumed").items():
+        torch.testing.assert_close(weight, whole[name], rtol=0, atol=1e-6)
+
+
 def test_two_processes_take_the_step_of_one(vae, tmp_path):
     """The gradient of 2 × 4 pictures is that of 8: the caption and the noise are fixed by dropping all captions' choice."""
     flags = [
@@ -110,6 +123,26 @@ def test_a_given_text_encoder_stays_frozen_and_an_aligned_one_changes(arguments,
     train(arguments(text_encoder=str(tmp_path / "text"), output_dir=str(tmp_path / "aligned"), align_text_epochs=1))
     aligned = load_file(tmp_path / "aligned" / "text_encoder" / "model.safetensors")
     assert any(not torch.equal(before[k], aligned[k]) for k in before)
+
+
+def test_with_a_prior_keywords_lead_to_names_and_rounded_matrices_take_a_byte(arguments, tmp_path, capsys):
+    rows = datasets.load_dataset(str(EMOJI))["train"]
+    names, words = rows["text"], rows["keywords"]
+    tokenizer, text_encoder = text_encoder_from_scratch([*names, *(w for row in words for w in row)], parse_overrides(TEXT), 12, seed=0)
+    text_encoder.save_pretrained(tmp_path / "text")
+    tokenizer.save_pretrained(tmp_path / "text")
+    flags = dict(align_text_epochs=150, round_text_encoder=True, caption_prior=True, save_dtype="float16", max_train_steps=2)
+    train(arguments(text_encoder=str(tmp_path / "text"), **flags))
+    stored = load_file(tmp_path / "run" / "text_encoder" / "model.safetensors")
+    assert all(weight.dtype == (torch.float8_e4m3fn if weight.ndim == 2 else torch.float16) for weight in stored.values())
+    pipe = TextToImagePipeline.from_pretrained(tmp_path / "run")
+    weights = pipe.text_encoder.state_dict()
+    assert all(torch.equal(weights[name].float(), weight.float()) for name, weight in stored.items())
+    assert pipe.prior.config.captions == list(dict.fromkeys(names))
+    assert pipe(names[:8], seed=0).captions == names[:8]
+    only = [(name, word) for name, row in zip(names, words) for word in row if sum(word in other for other in words) == 1][:20]
+    found = pipe([word for _, word in only], seed=0).captions
+    assert sum(caption == name for caption, (name, _) in zip(found, only)) >= 15
 
 
 def test_alignment_puts_captions_of_one_picture_together():
@@ -175,6 +208,14 @@ def test_captions_are_drawn_from_columns_then_from_lists_and_dropped_as_often_as
     assert math.isclose(shares[""], 0.1, abs_tol=0.02) and math.isclose(shares["heart"], 0.45, abs_tol=0.03)
     assert math.isclose(shares["red"], 0.15, abs_tol=0.03) and shares["sea"] == 0
     assert {captions.texts[n] for n in captions.draw(torch.ones(50, dtype=torch.long), 0.0, dice).tolist()} == {"sea"}
+
+
+def test_the_first_column_keeps_the_pictures_and_drops_other_texts():
+    rows = datasets.Dataset.from_dict({"text": ["cat", "dog", ""], "keywords": [["pet", "cat"], ["pet", "wolf"], ["zebra"]]})
+    first = Captions(rows, ["keywords", "text"]).first_column()
+    assert first.texts == ["", "pet", "cat", "wolf", "zebra"] and len(first) == 3
+    assert [[first.texts[n] for n in column] for (column,) in first.choices] == [["pet", "cat"], ["pet", "wolf"], ["zebra"]]
+    assert Captions(rows, ["text", "keywords"]).first_column().texts == ["", "cat", "dog", "zebra"]
 
 
 def test_the_latent_cache_goes_on_where_it_was_cut_off(vae, tmp_path, monkeypatch):

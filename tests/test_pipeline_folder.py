@@ -20,11 +20,12 @@ import hf_ae
 from hf_ae.cli import main
 from hf_ae.hub import check_folder, refresh, write_card
 from hf_ae.pipeline_folder import bundle, code_files, save_pipeline
-from hf_ae.pipelines import TextToImagePipeline
+from hf_ae.pipelines import CaptionPrior, TextToImagePipeline
 
 BUNDLE = "vae/modeling_hf_ae_vae.py"
 PARTS = {
     "image_decoder": ["modeling_hf_ae_autoencoder", "AutoencoderModel"],
+    "prior": ["pipeline", "CaptionPrior"],
     "scheduler": ["diffusers", "DDIMScheduler"],
     "text_encoder": ["transformers", "BertModel"],
     "tokenizer": ["transformers", "TokenizersBackend"],
@@ -44,8 +45,12 @@ def make_pipeline(vae) -> TextToImagePipeline:
         sample_size=8, block_out_channels=(8, 16), layers_per_block=1, cross_attention_dim=16, norm_num_groups=4, attention_head_dim=4,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
     )  # fmt: skip
+    prior = CaptionPrior(["a slice", "pizza"], num_texts=3, num_links=3, width=16)
+    links = torch.tensor([[0, 1, 1], [0, 1, 2]], dtype=torch.int32)
+    prior.load_state_dict({"vectors": torch.randn(3, 16), "means": torch.randn(2, 16), "links": links})
     return TextToImagePipeline(
         vae=vae.eval(),
+        prior=prior,
         text_encoder=BertModel(BertConfig(vocab_size=len(words), **sizes)).eval(),
         tokenizer=PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", model_max_length=8),
         unet=unet.eval(),
@@ -115,8 +120,10 @@ def test_folder_is_complete_and_holds_no_pickle(saved):
     assert {name: index[name] for name in PARTS} == PARTS
     files = check_folder(saved)
     assert {Path(name).suffix for name in files} <= {".safetensors", ".json", ".py", ".yaml", ".md"}
-    assert [name for name in files if name.endswith(".py")] == ["image_decoder/modeling_hf_ae_autoencoder.py", "pipeline.py", BUNDLE]
-    assert (saved / "pipeline.py").read_text() == Path(inspect.getfile(TextToImagePipeline)).read_text()
+    code = ["image_decoder/modeling_hf_ae_autoencoder.py", "pipeline.py", "prior/pipeline.py", BUNDLE]
+    assert [name for name in files if name.endswith(".py")] == code
+    for name in ("pipeline.py", "prior/pipeline.py"):
+        assert (saved / name).read_text() == Path(inspect.getfile(TextToImagePipeline)).read_text()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -1,291 +1,35 @@
-"""TextToImagePipeline against stock StableDiffusionPipeline, and what it promises beyond it. Tiny random models, no network."""
-
-import ast
-import json
-import re
-import subprocess
-import sys
-from pathlib import Path
+"""What TextToImagePipeline promises beyond stock Stable Diffusion. Tiny random models."""
 
 import diffusers
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, StableDiffusionImg2ImgPipeline, StableDiffusionPipeline, UNet2DConditionModel
-from hub_server import OWNER, HubServer
 from PIL import Image
-from transformers import BertConfig, BertModel, BertTokenizer, CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel
+from tiny_pipelines import (
+    PROMPT,
+    SCHEDULERS,
+    SIDE,
+    TOKENS,
+    Brightness,
+    LightDecoder,
+    bert,
+    components,
+    noise,
+    pipeline,
+    scheduler,
+    stock,
+    unet,
+    vae_of_hf_ae,
+)
+from transformers import T5Config, T5EncoderModel
 
-import hf_ae
 import hf_ae.pipelines.text_to_image as module
-from hf_ae.pipelines import Preview, TextToImagePipeline
-
-TOKENS, SIDE, SCALE, CHANNELS = 12, 16, 2, 4
-"""Tokens of a text; pixels of a side; pixels to a latent position; latent channels."""
-PROMPT = "a red cat"
-SCHEDULERS = {
-    "ddim": ("DDIMScheduler", {}),
-    "ddpm": ("DDPMScheduler", {}),
-    "dpm++": ("DPMSolverMultistepScheduler", {}),
-    "sde-dpm++": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
-    "singlestep": ("DPMSolverSinglestepScheduler", {}),
-    "euler": ("EulerDiscreteScheduler", {}),
-    "ancestral": ("EulerAncestralDiscreteScheduler", {}),
-    "heun": ("HeunDiscreteScheduler", {}),
-    "kdpm2": ("KDPM2DiscreteScheduler", {}),
-    "lcm": ("LCMScheduler", {}),
-    "pndm": ("PNDMScheduler", {"skip_prk_steps": True}),
-    "unipc": ("UniPCMultistepScheduler", {}),
-    "tcd": ("TCDScheduler", {}),
-    "deis": ("DEISMultistepScheduler", {}),
-}
-
-
-def scheduler(name="ddim"):
-    kind, options = SCHEDULERS[name][0], dict(SCHEDULERS[name][1])
-    options |= {"clip_sample": False} if name in ("ddim", "ddpm") else {}
-    options |= {} if name == "singlestep" else {"steps_offset": 1}
-    return getattr(diffusers, kind)(beta_schedule="scaled_linear", **options)
-
-
-def unet(**fields):
-    torch.manual_seed(0)
-    defaults = dict(
-        sample_size=SIDE // SCALE, in_channels=CHANNELS, out_channels=CHANNELS, block_out_channels=(8, 16), layers_per_block=1,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=16, attention_head_dim=4, norm_num_groups=4,
-    )  # fmt: skip
-    return UNet2DConditionModel(**{**defaults, **fields})
-
-
-def autoencoder_kl():
-    torch.manual_seed(1)
-    return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2, block_out_channels=(8, 8),
-        layers_per_block=1, latent_channels=CHANNELS, norm_num_groups=4, sample_size=SIDE, scaling_factor=0.5,
-    )  # fmt: skip
-
-
-def vae_of_hf_ae(pixel_range=(-1.0, 1.0)):
-    torch.manual_seed(1)
-    fields = dict(network="resnet", image_size=SIDE, num_channels=3, hidden_sizes=[8, 8], latent_channels=CHANNELS)
-    fields |= dict(pixel_range=list(pixel_range), reconstruction_loss="l1", kl_weight=1e-6, scaling_factor=0.7)
-    return hf_ae.VAEModel(hf_ae.VAEConfig(**fields)).eval()
-
-
-def clip():
-    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
-    tokens = ["<|startoftext|>", "<|endoftext|>", *letters, *(letter + "</w>" for letter in letters)]
-    tokenizer = CLIPTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=[], model_max_length=TOKENS)
-    size = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
-    torch.manual_seed(2)
-    config = CLIPTextConfig(vocab_size=len(tokens), max_position_embeddings=TOKENS, bos_token_id=0, eos_token_id=1, pad_token_id=1, **size)
-    return CLIPTextModel(config), tokenizer
-
-
-def bert(**fields):
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *re.findall(r"\w+", "a red blue cat dog on the mat with hat and tie")]
-    tokenizer = BertTokenizer(vocab={word: i for i, word in enumerate(words)}, model_max_length=TOKENS)
-    size = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
-    torch.manual_seed(2)
-    return BertModel(BertConfig(vocab_size=len(words), max_position_embeddings=TOKENS, **size, **fields)).eval(), tokenizer
-
-
-class Brightness(torch.nn.Module):
-    """A discriminator that finds bright pictures real; its logits are a map, as PatchGAN's are."""
-
-    def forward(self, pixels):
-        assert pixels.min() >= -1 and pixels.max() <= 1 and pixels.min() < 0
-        return torch.nn.functional.avg_pool2d(pixels.mean(1, keepdim=True), 4)
-
-
-class LightDecoder(torch.nn.Module):
-    """Decodes to twice the size in one layer, into [-1, 1]."""
-
-    def __init__(self):
-        super().__init__()
-        self.layer = torch.nn.Conv2d(CHANNELS, 3, 1)
-
-    def decode(self, z):
-        return type("Decoded", (), {"sample": torch.nn.functional.interpolate(self.layer(z), scale_factor=SCALE).tanh()})
-
-
-def components(text=clip, vae=autoencoder_kl, noise="ddim"):
-    encoder, tokenizer = text()
-    return dict(vae=vae().eval(), text_encoder=encoder.eval(), tokenizer=tokenizer, unet=unet().eval(), scheduler=scheduler(noise))
-
-
-def pipeline(text=clip, vae=autoencoder_kl, noise="ddim", **extra):
-    pipe = TextToImagePipeline(**components(text, vae, noise), default_num_inference_steps=3, **extra)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-def stock(kind=StableDiffusionPipeline, **parts):
-    pipe = kind(**parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-def noise(count=1, seed=0):
-    return torch.randn(count, CHANNELS, SIDE // SCALE, SIDE // SCALE, generator=torch.Generator().manual_seed(seed))
+from hf_ae.pipelines import CaptionPrior, Preview, TextToImagePipeline
 
 
 @pytest.fixture
 def pipe():
     return pipeline()
-
-
-@pytest.fixture
-def warnings(monkeypatch):
-    """The pipeline's warnings."""
-    said = []
-    monkeypatch.setattr(module.logger, "warning", said.append)
-    return said
-
-
-# Against stock Stable Diffusion
-
-
-@pytest.mark.parametrize("text", [clip, lambda: bert(use_attention_mask=True)], ids=["clip", "bert"])
-@pytest.mark.parametrize("name", ["ddim", "dpm++", "euler", "pndm", "heun", "lcm"])
-def test_draws_what_stock_stable_diffusion_draws(name, text):
-    parts = components(text, noise=name)
-    call = dict(num_inference_steps=4, guidance_scale=5.0, num_images_per_prompt=2, guidance_rescale=0.5, output_type="np")
-    prompts, negatives = [PROMPT, "the dog"], ["a hat", "a mat"]
-    if name == "lcm":  # draws noise on its way
-        call |= dict(generator=[torch.Generator().manual_seed(i) for i in range(4)])
-    expected = stock(**parts)(prompts, negative_prompt=negatives, latents=noise(4), **call).images
-    if name == "lcm":
-        call |= dict(generator=[torch.Generator().manual_seed(i) for i in range(4)])
-    images = TextToImagePipeline(**parts)(prompts, negatives, latents=noise(4), **call).images
-    np.testing.assert_allclose(images, expected, atol=2e-6)
-    assert images.std() > 0.01
-
-
-@pytest.mark.parametrize("name", ["ddim", "dpm++", "euler", "heun"])
-def test_image_to_image_draws_what_stock_draws(name):
-    parts = components(vae=vae_of_hf_ae, noise=name)
-    parts["vae"].encode = encode_mode(parts["vae"])
-    picture = torch.rand(1, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(3))
-    call = dict(image=picture, strength=0.6, num_inference_steps=5, guidance_scale=4.0, output_type="np")
-    expected = stock(StableDiffusionImg2ImgPipeline, **parts)(PROMPT, generator=torch.Generator().manual_seed(5), **call).images
-    images = TextToImagePipeline(**parts)(PROMPT, generator=torch.Generator().manual_seed(5), **call).images
-    np.testing.assert_allclose(images, expected, atol=2e-6)
-
-
-def encode_mode(vae):
-    """Stock samples the posterior; with its mode instead the two can be compared."""
-    encode = vae.encode
-
-    def wrapped(x, **options):
-        encoded = encode(x, **options)
-        encoded.latent_dist.sample = lambda generator=None: encoded.latent_dist.mode()
-        return encoded
-
-    return wrapped
-
-
-def test_stock_stable_diffusion_runs_with_our_vae():
-    parts = components(vae=vae_of_hf_ae)
-    expected = stock(**parts)(PROMPT, latents=noise(), num_inference_steps=2, output_type="np").images
-    images = TextToImagePipeline(**parts)(PROMPT, latents=noise(), num_inference_steps=2, output_type="np").images
-    np.testing.assert_allclose(images, expected, atol=2e-6)
-
-
-def test_loads_a_stable_diffusion_folder_unchanged(tmp_path, warnings):
-    parts = components(noise="pndm")
-    stock(**parts).save_pretrained(tmp_path)
-    index = json.loads((tmp_path / "model_index.json").read_text())
-    index |= {"requires_safety_checker": True, "safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"]}
-    (tmp_path / "model_index.json").write_text(json.dumps(index))  # with the checker that it has on the Hub
-    loaded, call = TextToImagePipeline.from_pretrained(tmp_path), dict(num_inference_steps=2, seed=1, output_type="np")
-    loaded.set_progress_bar_config(disable=True)
-    assert len(warnings) == 1 and "safety_checker is not run" in warnings[0]
-    expected = stock(**parts)(PROMPT, generator=torch.Generator().manual_seed(1), num_inference_steps=2, output_type="np").images
-    np.testing.assert_allclose(loaded(PROMPT, **call).images, expected, atol=2e-6)
-
-
-# Loading and saving
-
-
-def ship(pipe, folder, remote=True):
-    """Save as our repos are: the pipeline's and the VAE's code beside the weights."""
-    pipe.save_pretrained(folder)
-    if remote:
-        index = json.loads((folder / "model_index.json").read_text())
-        index["_class_name"] = ["pipeline", "TextToImagePipeline"]
-        index["vae"] = ["modeling_hf_ae_vae", "VAEModel"] if index["vae"][0] != "diffusers" else index["vae"]
-        (folder / "model_index.json").write_text(json.dumps(index))
-        (folder / "pipeline.py").write_text(Path(module.__file__).read_text())
-        (folder / "vae" / "modeling_hf_ae_vae.py").write_text("raise RuntimeError('the code of the repo was run')")
-    return folder
-
-
-@pytest.mark.parametrize("remote", [True, False], ids=["remote-code", "plain"])
-def test_own_repo_loads_without_running_its_code(tmp_path, remote):
-    pipe = pipeline(vae=vae_of_hf_ae, default_guidance_scale=3.0)
-    loaded = TextToImagePipeline.from_pretrained(ship(pipe, tmp_path, remote), dtype=torch.float32)
-    loaded.set_progress_bar_config(disable=True)
-    assert type(loaded) is TextToImagePipeline and type(loaded.vae) is hf_ae.VAEModel
-    assert (loaded.config.default_num_inference_steps, loaded.config.default_guidance_scale) == (3, 3.0)
-    np.testing.assert_array_equal(loaded(PROMPT, seed=0, output_type="np").images, pipe(PROMPT, seed=0, output_type="np").images)
-    other = TextToImagePipeline.from_pretrained(tmp_path, vae=autoencoder_kl(), dtype=torch.bfloat16)
-    assert isinstance(other.vae, AutoencoderKL) and other.unet.dtype == torch.bfloat16
-
-
-def test_a_model_type_that_nobody_registered_is_named(tmp_path):
-    ship(pipeline(vae=vae_of_hf_ae), tmp_path)
-    path = tmp_path / "vae" / "config.json"
-    path.write_text(path.read_text().replace("hf_ae_vae", "unheard_of"))
-    with pytest.raises(ValueError, match=r"vae is a 'unheard_of' model.*import"):
-        TextToImagePipeline.from_pretrained(tmp_path)
-
-
-def test_from_the_hub_only_what_is_needed_travels(tmp_path):
-    """And the file does as remote code, without hf_ae."""
-    folder = ship(pipeline(vae=vae_of_hf_ae), tmp_path / "repo")
-    for name in ("unet/diffusion_pytorch_model.fp16.safetensors", "unet/diffusion_pytorch_model.bin", "unet/model.onnx", "safety/x.json"):
-        (folder / name).parent.mkdir(exist_ok=True)
-        (folder / name).write_bytes(b"not needed")
-    stock_vae = ship(pipeline(), tmp_path / "stock-vae")
-    code = """if True:
-        import sys, diffusers, huggingface_hub
-        sys.modules["hf_ae"] = None  # as where it is not installed
-        pipe = diffusers.DiffusionPipeline.from_pretrained(sys.argv[2], trust_remote_code=True)
-        print(type(pipe).__name__, pipe("a cat", num_inference_steps=1, seed=0).images[0].size)
-        del sys.modules["hf_ae"]
-        from hf_ae.pipelines import TextToImagePipeline
-        api = huggingface_hub.HfApi()
-        api.create_repo("me/drawer")
-        api.upload_folder(repo_id="me/drawer", folder_path=sys.argv[1])
-        pipe = TextToImagePipeline.from_pretrained("me/drawer")
-        pipe.set_progress_bar_config(disable=True)
-        print(type(pipe.vae).__name__, pipe("a cat", num_inference_steps=1, seed=0).images[0].size, pipe.name_or_path)
-        again = TextToImagePipeline.from_pretrained("me/drawer", local_files_only=True)
-    """
-    with HubServer() as server:
-        env = server.client_env(tmp_path / "home", OWNER, OMP_NUM_THREADS="1")
-        done = subprocess.run([sys.executable, "-c", code, str(folder), str(stock_vae)], env=env, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        fetched = {re.sub(r".*/resolve/\w+/", "", line) for line in server.requests if line.startswith("GET") and "/resolve/" in line}
-    assert done.stdout.splitlines() == ["TextToImagePipeline (16, 16)", "VAEModel (16, 16) me/drawer"]
-    expected = {"model_index.json", "unet/config.json", "unet/diffusion_pytorch_model.safetensors", "vae/model.safetensors"}
-    assert expected <= fetched and not [name for name in fetched if re.search(r"\.(py|bin|onnx)$|fp16|safety", name)]
-
-
-def test_this_file_needs_nothing_of_the_project():
-    tree = ast.parse(Path(module.__file__).read_text())
-    imported = {node.module if isinstance(node, ast.ImportFrom) else node.names[0].name for node in ast.walk(tree)
-                if isinstance(node, (ast.Import, ast.ImportFrom))}  # fmt: skip
-    outside = {name.split(".")[0] for name in imported} - sys.stdlib_module_names
-    assert outside == {"torch", "transformers", "diffusers", "huggingface_hub", "numpy", "PIL"}
-
-
-def test_takes_over_the_parts_of_a_stock_pipeline():
-    parts = components()
-    pipe = TextToImagePipeline(**stock(**parts).components)
-    assert pipe.unet is parts["unet"] and TextToImagePipeline.from_pipe(stock(**parts)).vae is parts["vae"]
 
 
 # Seeds, candidates, image to image
@@ -432,6 +176,40 @@ def test_texts_are_encoded_once_until_something_changes(pipe):
     for i in range(70):
         pipe(PROMPT + " " + "abcdefghij"[i // 10] + "abcdefghij"[i % 10], guidance_scale=1, num_inference_steps=1, output_type="latent")
     assert len(pipe._texts) == module.CACHED_TEXTS
+
+
+def test_the_prior_adds_the_cosines_with_a_caption_its_nearest_text_and_their_mean():
+    vectors = torch.nn.functional.normalize(torch.randn(6, 5, generator=torch.Generator().manual_seed(0)), dim=1)
+    leads = {0: [0, 2, 3], 1: [1, 3, 4, 5]}
+    prior = CaptionPrior(["cat", "dog"], num_texts=6, num_links=7, width=5)
+    links = torch.tensor([[caption, text] for caption, texts in leads.items() for text in texts], dtype=torch.int32).T
+    means = torch.nn.functional.normalize(torch.stack([vectors[texts].mean(0) for texts in leads.values()]), dim=1)
+    prior.load_state_dict({"vectors": vectors, "means": means, "links": links})
+    texts = torch.randn(50, 5, generator=torch.Generator().manual_seed(1))
+
+    def score(text, caption):
+        cosines = [torch.cosine_similarity(text, vectors[i], dim=0) for i in leads[caption]]
+        mean = torch.stack([vectors[i] for i in leads[caption]]).mean(0)
+        return cosines[0] + max(cosines) + torch.cosine_similarity(text, mean, dim=0)
+
+    expected = ["cat" if score(text, 0) > score(text, 1) else "dog" for text in texts]
+    assert set(expected) == {"cat", "dog"} and prior(texts) == expected
+    assert prior(vectors[:2] * 7) == ["cat", "dog"]
+
+
+def test_with_a_prior_a_prompt_is_drawn_as_the_nearest_caption(pipe):
+    captions = ["a red cat", "the dog on a mat", "blue hat"]
+    pipe.register_modules(**dict(zip(("text_encoder", "tokenizer"), bert(use_attention_mask=True))))
+    plain = {caption: pipe(caption, seed=1, num_inference_steps=2, output_type="pt").images for caption in captions}
+    pipe.prior = CaptionPrior(captions, num_texts=3, num_links=3, width=16)
+    states = [pipe.text_encoder(**pipe.tokenizer(caption, return_tensors="pt"))[0].mean(1)[0] for caption in captions]
+    vectors = torch.nn.functional.normalize(torch.stack(states), dim=1)
+    pipe.prior.load_state_dict({"vectors": vectors, "means": vectors, "links": torch.arange(3, dtype=torch.int32).repeat(2, 1)})
+    drawn = pipe(["a red cat cat", *captions], seed=[1] * 4, num_inference_steps=2, output_type="pt")
+    assert drawn.captions == ["a red cat", *captions]
+    for image, caption in zip(drawn.images, drawn.captions):
+        torch.testing.assert_close(image[None], plain[caption], atol=1e-5, rtol=0)
+    assert pipe("a red cat cat", seed=1, num_inference_steps=2, negative_prompt="dog").captions == ["a red cat"]
 
 
 @pytest.mark.parametrize("limit", ["tokenizer", "encoder"])

@@ -1,7 +1,8 @@
 """Prompts -> pictures: latent diffusion (Rombach et al. 2022) out of parts that swap with the ecosystem's.
 
 ```
-prompt -> tokenizer -> text encoder ----.
+prompt -> tokenizer -> text encoder -> (prior: the nearest known caption -> tokenizer -> text encoder)
+                                        |
                                         v
  noise -> latents -> [UNet -> guidance -> scheduler] x steps -> latents -> VAE decoder -> pictures -> (discriminator) -> the best
              ^                              |
@@ -25,7 +26,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline, SchedulerMixin, UNet2DConditionModel
+from diffusers import AutoencoderKL, ConfigMixin, DiffusionPipeline, ModelMixin, SchedulerMixin, UNet2DConditionModel
+from diffusers.configuration_utils import register_to_config
 from diffusers.models.embeddings import get_timestep_embedding
 from diffusers.utils import BaseOutput, logging
 from diffusers.utils.torch_utils import randn_tensor
@@ -37,7 +39,7 @@ from transformers import CONFIG_MAPPING, AutoModel, PreTrainedModel, PreTrainedT
 logger = logging.get_logger(__name__)
 
 REQUIRED = ("vae", "text_encoder", "tokenizer", "unet", "scheduler")
-EXTRA = ("image_decoder", "discriminator")
+EXTRA = ("prior", "image_decoder", "discriminator")
 NOT_RUN = ("safety_checker", "feature_extractor", "image_encoder")
 """Parts of Stable Diffusion 1.x repos that this pipeline accepts and leaves alone."""
 UNCHECKED = "The safety_checker is not run: look at the pictures before you show them to others."
@@ -52,11 +54,13 @@ class TextToImageOutput(BaseOutput):
     """What a call returns.
 
     images: a list of PIL images; or an array (batch, height, width, channels) or a tensor (batch, channels, height, width)
-    in [0, 1]; or scaled latents. scores: the discriminator's for each image, where it chose among candidates.
+    in [0, 1]; or scaled latents. scores: the discriminator's for each image, where it chose among candidates. captions: what
+    the prior took each prompt for.
     """
 
     images: list[Image.Image] | np.ndarray | torch.Tensor
     scores: list[float] | None = None
+    captions: list[str] | None = None
 
 
 @dataclass
@@ -68,13 +72,42 @@ class Preview:
     images: list[Image.Image] | np.ndarray | torch.Tensor
 
 
+class CaptionPrior(ModelMixin, ConfigMixin):
+    """The vector of any text -> the nearest of the captions that the denoiser was trained with.
+
+    A denoiser that saw few pictures draws a text it does not know as a blend of them; with this prior it draws a picture it
+    does know, as retrieval-augmented diffusion does (Blattmann et al. 2022, Sheynin et al. 2023). Vectors are the means of a
+    text encoder's states. The score of a caption is the sum of three cosines: of the text with the caption, with the
+    nearest of the texts that lead to it (itself among them), and with their mean.
+    """
+
+    @register_to_config
+    def __init__(self, captions: list[str], num_texts: int, num_links: int, width: int):
+        """`vectors` (num_texts, width): unit vectors of texts, first those of `captions`. `means` (captions, width): unit vectors
+        too. `links` (2, num_links): the numbers of a caption and of a text that leads to it."""
+        super().__init__()
+        self.register_buffer("vectors", torch.zeros(num_texts, width))
+        self.register_buffer("means", torch.zeros(len(captions), width))
+        self.register_buffer("links", torch.zeros(2, num_links, dtype=torch.int32))
+
+    def forward(self, vectors: torch.Tensor) -> list[str]:
+        """(texts, width) -> the nearest caption of each."""
+        (captions, texts), vectors = self.links.long(), F.normalize(vectors.float(), dim=1)
+        cosines = vectors @ self.vectors.float().T
+        nearest = cosines.new_full((len(vectors), len(self.means)), -1.0)
+        nearest = nearest.scatter_reduce(1, captions.expand(len(vectors), -1), cosines[:, texts], "amax")
+        scores = cosines[:, : len(self.means)] + nearest + vectors @ self.means.float().T
+        return [self.config.captions[number] for number in scores.argmax(1).tolist()]
+
+
 class TextToImagePipeline(DiffusionPipeline):
     """Text encoder -> denoising in the latent space -> image decoder.
 
     vae: `encode(x).latent_dist`, `decode(z).sample`, `config.scaling_factor`, `config.block_out_channels`; its pixels are in
     [-1, 1] unless `config.pixel_range` says otherwise. text_encoder: any transformers text model (CLIP, BERT, T5 encoder).
-    scheduler: any of diffusers'. image_decoder: a light `decode(z).sample` for the previews of `stream`. discriminator:
-    pixels in [-1, 1] -> logits of any shape for each image, whose mean is its score; higher is more real.
+    scheduler: any of diffusers'. prior: a `CaptionPrior`, for a denoiser that knows few captions. image_decoder: a light
+    `decode(z).sample` for the previews of `stream`. discriminator: pixels in [-1, 1] -> logits of any shape for each image,
+    whose mean is its score; higher is more real.
     `default_num_inference_steps`, `default_guidance_scale`: what None means in a call; saved in model_index.json.
     """
 
@@ -87,7 +120,7 @@ class TextToImagePipeline(DiffusionPipeline):
 
     def __init__(
         self, vae: AutoencoderKL | PreTrainedModel, text_encoder: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
-        unet: UNet2DConditionModel, scheduler: SchedulerMixin, image_decoder=None, discriminator=None,
+        unet: UNet2DConditionModel, scheduler: SchedulerMixin, prior=None, image_decoder=None, discriminator=None,
         safety_checker=None, feature_extractor=None, image_encoder=None, requires_safety_checker: bool = False,
         default_num_inference_steps: int = 50, default_guidance_scale: float | int = 7.5,
     ):  # fmt: skip
@@ -96,7 +129,7 @@ class TextToImagePipeline(DiffusionPipeline):
         self.register_modules(**{name: given[name] for name in (*REQUIRED, *EXTRA, *NOT_RUN)})
         settings = ("requires_safety_checker", "default_num_inference_steps", "default_guidance_scale")
         self.register_to_config(**{name: given[name] for name in settings})
-        self._texts: dict[str, tuple[torch.Tensor, str]] = {}
+        self._texts: dict[str, SimpleNamespace] = {}
         self._texts_from: tuple | None = None
         self._interrupt = False
         if safety_checker is not None:
@@ -120,6 +153,8 @@ class TextToImagePipeline(DiffusionPipeline):
         libraries = {name: value[0] for name, value in cls.load_config(folder).items() if isinstance(value, (list, tuple))}
         if libraries.get("safety_checker") and "safety_checker" not in given:
             logger.warning(UNCHECKED)
+        if libraries.get("prior") and "prior" not in parts:
+            parts["prior"] = CaptionPrior.from_pretrained(folder / "prior", use_safetensors=True)
         for name in (*REQUIRED, *EXTRA):
             if name not in parts and libraries.get(name) not in (None, "diffusers", "transformers"):
                 parts |= load_registered(folder, name, kwargs)
@@ -328,29 +363,35 @@ class TextToImagePipeline(DiffusionPipeline):
     def _embed(self, request, device):
         """Embeddings (pictures drawn, tokens, width); under guidance those of the negative prompts come before them.
 
-        Each text is encoded alone, and kept: it never depends on the others, and trying seeds costs nothing.
+        Sets `captions`, what the prior takes each prompt for. Each text is encoded alone, and kept: it never depends on the
+        others, and trying seeds costs nothing.
         """
         encoder, unet = self.text_encoder, self.unet
         request.guided = request.guidance_scale > 1 and unet.config.time_cond_proj_dim is None and request.guidance_interval[1] > 0
         version = sum(0 if weight.is_inference() else weight._version for weight in encoder.parameters())
-        source = (encoder, self.tokenizer, encoder.dtype, device, version)
+        source = (encoder, self.tokenizer, self.prior, encoder.dtype, device, version)
         if source != self._texts_from:  # another component, dtype or device, or weights trained further
             self._texts, self._texts_from = {}, source
-        found = []
-        for text in (request.negatives if request.guided else []) + request.prompts:
-            if text not in self._texts:
-                self._texts[text] = self._encode_text(text, device)
-            embedding, cut = self._texts[text]
-            if cut:
-                logger.warning(f"The text encoder reads {embedding.shape[1]} tokens; this end of the prompt was cut off: {cut!r}")
-            found.append(embedding)
+        read = [self._read(text, device) for text in request.prompts]
+        request.captions = None if self.prior is None else [text.caption for text in read]
+        if request.captions:
+            read = [self._read(caption, device) for caption in request.captions]
+        found = [*([self._read(text, device) for text in request.negatives] if request.guided else []), *read]
         for text in list(self._texts)[:-CACHED_TEXTS]:
             del self._texts[text]
         copies = request.num_images_per_prompt * request.num_candidates
-        return torch.cat(found).to(unet.dtype).repeat_interleave(copies, dim=0)
+        return torch.cat([text.states for text in found]).to(unet.dtype).repeat_interleave(copies, dim=0)
+
+    def _read(self, text: str, device):
+        """A text -> its `states` (1, tokens, width), the `caption` that the prior takes it for; warns of its end that was `cut`."""
+        if text not in self._texts:
+            self._texts[text] = self._encode_text(text, device)
+        read = self._texts[text]
+        if read.cut:
+            logger.warning(f"The text encoder reads {read.states.shape[1]} tokens; this end of the prompt was cut off: {read.cut!r}")
+        return read
 
     def _encode_text(self, text: str, device):
-        """A text -> its embedding (1, tokens, width), and what was cut off its end."""
         tokenizer, config = self.tokenizer, self.text_encoder.config
         positions = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 512
         length = min(tokenizer.model_max_length, positions)
@@ -358,8 +399,10 @@ class TextToImagePipeline(DiffusionPipeline):
         cut = tokenizer.decode(words[length - tokenizer.num_special_tokens_to_add() :]).strip()
         tokens = tokenizer([text], padding="max_length", max_length=length, truncation=True, return_tensors="pt")
         masked = getattr(config, "use_attention_mask", not config.model_type.startswith("clip"))
-        mask = tokens.attention_mask.to(device) if masked else None
-        return self.text_encoder(tokens.input_ids.to(device), attention_mask=mask)[0], cut
+        mask = tokens.attention_mask.to(device)
+        states = self.text_encoder(tokens.input_ids.to(device), attention_mask=mask if masked else None)[0]
+        caption = None if self.prior is None else self.prior((states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True))[0]
+        return SimpleNamespace(states=states, cut=cut, caption=caption)
 
     def _timesteps(self, request, device):
         """The timesteps to visit: all, or the last share `strength` of them for an image."""
@@ -449,7 +492,7 @@ class TextToImagePipeline(DiffusionPipeline):
             best = best + k * torch.arange(len(best), device=best.device)
             pixels, latents, scores = pixels[best], latents[best], scores.tolist()
         images = latents.to(self.unet.dtype) if wants_latents else present(pixels, request.output_type)
-        return TextToImageOutput(images=images, scores=scores)
+        return TextToImageOutput(images=images, scores=scores, captions=request.captions)
 
 
 def guide(noise: torch.Tensor, scale: float, rescale: float) -> torch.Tensor:

@@ -1,0 +1,168 @@
+"""A picture through an autoencoder and back: what is kept, in how many bytes, beside JPEG, WebP and AVIF of that size.
+
+```
+picture -> encoder -> latents -> quantizer and entropy coder -> file -> latents -> decoder -> picture
+                         '-> panel: original | latents | decoded, with the pixels and bits of each
+```
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.utils import BaseOutput
+from PIL import Image, ImageDraw, ImageFont
+
+FORMATS = {"JPEG": dict(optimize=True), "WebP": dict(method=6), "AVIF": dict(speed=4)}
+"""Pillow's encoders, each at its usual best effort."""
+
+
+@dataclass
+class Measured:
+    """A picture that came back from a file: `size` in bytes, `bpp` in bits a pixel, `psnr` in dB, `ssim` (at most 1)."""
+
+    picture: Image.Image
+    size: int
+    bpp: float
+    psnr: float
+    ssim: float
+
+
+@dataclass
+class VAERoundTripOutput(BaseOutput):
+    """`panel`: original | latents | decoded, and a row of the others. `data`: the compressed file. `decoded`: what comes back from
+    it. `latents`: a picture of the code. `others`: format -> the same picture in a file of about as many bytes."""
+
+    panel: Image.Image
+    data: bytes
+    decoded: Measured
+    latents: Image.Image
+    others: dict[str, Measured]
+
+
+class VAERoundTripPipeline(DiffusionPipeline):
+    """vae: an autoencoder that `hf_ae.codec` compresses with: one of hf_ae's, or diffusers' AutoencoderKL or AutoencoderTiny."""
+
+    if TYPE_CHECKING:  # register_modules sets the component
+
+        def __getattr__(self, name) -> Any: ...
+
+    def __init__(self, vae):
+        super().__init__()
+        self.register_modules(vae=vae)
+
+    @torch.no_grad()
+    def __call__(self, image, quality: float | None = None, palette: bool = False, others=tuple(FORMATS)) -> VAERoundTripOutput:
+        """Send a picture (path or PIL image) through a file and back. Needs hf_ae, with constriction.
+
+        quality, palette: as `hf_ae.codec.compress` takes them. others: the formats of FORMATS to put beside it. Raises
+        ValueError where the codec does.
+        """
+        from hf_ae.codec import compress, decompress
+        from hf_ae.image_processing import open_image
+
+        unknown = sorted(set(others) - set(FORMATS))
+        if unknown:
+            raise ValueError(f"others={unknown} are not known: write some of {', '.join(FORMATS)}.")
+        data = compress(self.vae, image, quality=quality, palette=palette, model_id="")
+        back = decompress(data, self.vae)
+        original = open_image(image).convert(back.mode)
+        decoded = measure(original, back, len(data))
+        rivals = {name: nearest_in_size(original, name, len(data)) for name in others}
+        codes = self.codes(original)
+        latents = picture_of(codes)
+        panel = draw_panel(original, latents, codes, decoded, rivals)
+        return VAERoundTripOutput(panel=panel, data=data, decoded=decoded, latents=latents, others=rivals)
+
+    def codes(self, picture: Image.Image) -> torch.Tensor:
+        """The latents of a picture: (channels, height, width); a vector is (values, 1, 1)."""
+        channels = getattr(self.vae.config, "num_channels", None) or self.vae.config.in_channels
+        low, high = getattr(self.vae.config, "pixel_range", (-1.0, 1.0))
+        pixels = torch.from_numpy(np.array(picture.convert("L" if channels == 1 else "RGB"))).float().div(255)
+        pixels = pixels.view(picture.height, picture.width, -1).permute(2, 0, 1)[None]
+        encoded = self.vae.encode((pixels * (high - low) + low).to(self.vae.device, self.vae.dtype))
+        codes = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latents
+        return codes[0].float().cpu().reshape(codes.shape[1], *(codes.shape[2:] or (1, 1)))
+
+
+def measure(original: Image.Image, back: Image.Image, size: int) -> Measured:
+    """How near a picture that came back from a file of `size` bytes is to the original (same mode and size)."""
+    from hf_ae.metrics import reconstruction_metrics
+
+    x, y = (torch.from_numpy(np.array(p)).float().div(255).view(1, p.height, p.width, -1).permute(0, 3, 1, 2) for p in (original, back))
+    found = reconstruction_metrics(x, y)
+    return Measured(back, size, 8 * size / (back.width * back.height), found["psnr"], found.get("ssim", math.nan))
+
+
+def encode_as(picture: Image.Image, name: str, quality: int) -> bytes:
+    """A picture in another format at a quality of 0 to 100."""
+    buffer = io.BytesIO()
+    picture.save(buffer, name, quality=quality, **FORMATS[name])
+    return buffer.getvalue()
+
+
+def nearest_in_size(picture: Image.Image, name: str, size: int) -> Measured:
+    """The picture in another format at the quality whose file is nearest to `size` bytes."""
+    low, high, files = 0, 100, {}
+    while low <= high:
+        middle = (low + high) // 2
+        files[middle] = encode_as(picture, name, middle)
+        low, high = (middle + 1, high) if len(files[middle]) < size else (low, middle - 1)
+    data = min(files.values(), key=lambda data: abs(len(data) - size))
+    return measure(picture, Image.open(io.BytesIO(data)).convert(picture.mode), len(data))
+
+
+def picture_of(codes: torch.Tensor) -> Image.Image:
+    """Latents (channels, height, width) -> one pixel a position: their three strongest components as colours."""
+    flat = codes.flatten(1)
+    flat = flat - flat.mean(1, keepdim=True)
+    if flat.shape[1] == 1:  # a vector: a square of its values
+        side = math.ceil(math.sqrt(codes.shape[0]))
+        values = torch.nn.functional.pad(codes.flatten(), (0, side * side - codes.numel()))
+        return gray(values.view(side, side))
+    parts, strengths, _ = torch.linalg.svd(flat, full_matrices=False)
+    colours = (parts[:, :3].T @ flat) / (strengths[:3, None] / flat.shape[1] ** 0.5).clamp(min=1e-6)
+    if len(colours) < 3:
+        return gray(codes[0])
+    pixels = (colours / 4 + 0.5).clamp(0, 1).view(3, *codes.shape[1:])
+    return Image.fromarray(pixels.permute(1, 2, 0).mul(255).round().byte().numpy())
+
+
+def gray(values: torch.Tensor) -> Image.Image:
+    """Values (height, width) -> a gray picture: the mean is middle gray, two standard deviations black and white."""
+    scaled = (values - values.mean()) / (4 * values.std().clamp(min=1e-6)) + 0.5
+    return Image.fromarray(scaled.clamp(0, 1).mul(255).round().byte().numpy()).convert("RGB")
+
+
+def draw_panel(original, latents, codes, decoded: Measured, others: dict[str, Measured]) -> Image.Image:
+    """original | latents | decoded, and below them the other formats, each over what it is and costs."""
+    bits = 8 * len(original.getbands())
+    positions = codes[0].numel()
+    shape = f"{codes.shape[2]}x{codes.shape[1]}@{8 * decoded.size / positions:.3g}bpp" if positions > 1 else f"{len(codes)} values"
+    size, file = f"{original.width}x{original.height}", f"{decoded.size:,} bytes, {decoded.bpp:.3g} bpp"
+    cells = [
+        (original, f"{size}@{bits}bpp", "original"),
+        (latents, shape, f"latents: {file}"),
+        (decoded.picture, f"{size}@{bits}bpp", f"decoded: {decoded.psnr:.2f} dB, SSIM {decoded.ssim:.3f}"),
+    ]
+    for name, found in others.items():
+        cells.append((found.picture, f"{name}: {found.size:,} bytes, {found.bpp:.3g} bpp", f"{found.psnr:.2f} dB, SSIM {found.ssim:.3f}"))
+    width = max(240, original.width)
+    height = round(width * original.height / original.width)
+    line = max(14, width // 26)
+    font, gap = ImageFont.load_default(line), line // 2
+    step = (width + gap, height + 3 * line + gap)
+    sheet = Image.new("RGB", (3 * step[0] + gap, -(-len(cells) // 3) * step[1] + gap), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, (picture, first, second) in enumerate(cells):
+        left, top = gap + i % 3 * step[0], gap + i // 3 * step[1]
+        sheet.paste(picture.convert("RGB").resize((width, height), Image.Resampling.NEAREST), (left, top))
+        for row, text in enumerate((first, second)):
+            draw.text((left + width / 2, top + height + (row + 0.8) * 1.2 * line), text, "#222222", font, anchor="mm")
+    return sheet
