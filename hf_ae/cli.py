@@ -122,12 +122,25 @@ def decompress(
 
 
 @app.command()
-def roundtrip(image: ImageFile, model: Model, quality: Quality = None, palette: Palette = False):
-    """Compress and decompress an image; print bytes, bits per pixel and PSNR."""
-    from . import codec
+def roundtrip(
+    image: ImageFile,
+    model: Model,
+    output: Annotated[Path, typer.Option("-o", "--output", help="Panel: original, latents, decoded, and other formats.")] = Path(
+        "roundtrip.png"
+    ),
+    quality: Quality = None,
+    palette: Palette = False,
+):
+    """Compress and decompress an image, and draw what comes back beside JPEG, WebP and AVIF of the same size."""
+    from .codec import load_codec_model
+    from .pipelines import VAERoundTripPipeline
 
-    size, psnr, pixels = codec.roundtrip(codec.load_codec_model(model), image, quality, palette)
-    print(f"{image}: {size:,} bytes, {8 * size / pixels:.3f} bits per pixel, PSNR {psnr:.2f} dB")
+    check_writable(output)
+    result = VAERoundTripPipeline(load_codec_model(model))(image, quality, palette)
+    for name, found in {model: result.decoded, **result.others}.items():
+        print(f"{name}: {found.size:,} bytes, {found.bpp:.3f} bits per pixel, PSNR {found.psnr:.2f} dB, SSIM {found.ssim:.3f}")
+    result.panel.save(output)
+    print(f"Written: {output}")
 
 
 @app.command()

@@ -10,13 +10,13 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-import json
 import math
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
+from transformers import AutoModel
 
 from .bitstream import FINGERPRINT_BYTES, MAX_PIXELS, CorruptFileError, File, pack, unpack
 from .codec_methods import read_hyperprior, read_latents, read_palette, write_hyperprior, write_latents, write_palette
@@ -152,17 +152,19 @@ def ready(model):
 
 
 @functools.lru_cache(maxsize=2)
-def load_codec_model(name: str):
-    """A model of ours, or diffusers' AutoencoderKL or AutoencoderTiny, from a folder or the Hub."""
-    from .evaluate import load_model
+def load_codec_model(name: str, subfolder: str = ""):
+    """A model of ours, or diffusers' AutoencoderKL or AutoencoderTiny, in eval mode, from a folder or the Hub. Raises ValueError."""
+    from diffusers import AutoencoderKL, AutoencoderTiny
 
-    config = Path(name, "config.json")
-    if config.is_file() and "_class_name" in json.loads(config.read_text()):
-        import diffusers
-
-        kinds = {"AutoencoderKL": diffusers.AutoencoderKL, "AutoencoderTiny": diffusers.AutoencoderTiny}
-        kind = json.loads(config.read_text())["_class_name"]
-        if kind not in kinds:
-            raise ValueError(f"{name} is diffusers' {kind}: the codec takes {' and '.join(kinds)}.")
-        return kinds[kind].from_pretrained(name).eval()
-    return load_model(name)[0]
+    kinds = {cls.__name__: cls for cls in (AutoencoderKL, AutoencoderTiny)}
+    if name.count("/") != 1 and not Path(name).is_dir():
+        raise ValueError(f"The model {name} is neither a folder nor a Hub id (owner/name).")
+    try:
+        config = AutoencoderKL.load_config(name, subfolder=subfolder or None)
+        ours = str(config.get("model_type")).startswith("hf_ae_")
+        kind = AutoModel if ours else kinds[config.get("_class_name")]
+        return kind.from_pretrained(name, subfolder=subfolder, dtype=torch.float32).eval()
+    except KeyError:
+        raise ValueError(f"The codec takes models of ours, {' and '.join(kinds)}; {name} is another.") from None
+    except Exception as error:  # not there, damaged, offline: each library has its own exceptions
+        raise ValueError(f"The model {name} cannot be loaded: {str(error).strip().splitlines()[0]}") from None

@@ -57,6 +57,13 @@ class VAERoundTripPipeline(DiffusionPipeline):
         super().__init__()
         self.register_modules(vae=vae)
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, subfolder: str = "", **_):
+        """The pipeline for an autoencoder: its folder or Hub id, or `subfolder="vae"` of those of a pipeline."""
+        from hf_ae.codec import load_codec_model
+
+        return cls(load_codec_model(str(pretrained_model_name_or_path), subfolder))
+
     @torch.no_grad()
     def __call__(self, image, quality: float | None = None, palette: bool = False, others=tuple(FORMATS)) -> VAERoundTripOutput:
         """Send a picture (path or PIL image) through a file and back. Needs hf_ae, with constriction.
@@ -87,7 +94,8 @@ class VAERoundTripPipeline(DiffusionPipeline):
         pixels = torch.from_numpy(np.array(picture.convert("L" if channels == 1 else "RGB"))).float().div(255)
         pixels = pixels.view(picture.height, picture.width, -1).permute(2, 0, 1)[None]
         encoded = self.vae.encode((pixels * (high - low) + low).to(self.vae.device, self.vae.dtype))
-        codes = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latents
+        posterior = getattr(encoded, "latent_dist", None)
+        codes = encoded.latents if posterior is None else posterior.mode()
         return codes[0].float().cpu().reshape(codes.shape[1], *(codes.shape[2:] or (1, 1)))
 
 

@@ -21,6 +21,7 @@ from hf_ae import bitstream, codec, codec_methods
 from hf_ae.bitstream import File, SymbolDecoder, SymbolEncoder, SymbolTables, pack, unpack
 from hf_ae.cli import main
 from hf_ae.codec import CorruptFileError, compress, decompress
+from hf_ae.pipelines.vae_roundtrip import VAERoundTripPipeline, encode_as
 
 
 def picture(width=61, height=40, mode="L", seed=0):
@@ -340,6 +341,20 @@ def test_autoencoders_of_diffusers(kind, tmp_path):
     assert psnr(decompress(palette, model), exact) > 15
 
 
+def test_the_round_trip_pipeline_shows_what_the_codec_does_and_the_nearest_files_of_others():
+    model, image = rgb_model(), picture(mode="RGB")
+    result = VAERoundTripPipeline(model)(image, quality=0.5)
+    assert result.data == compress(model, image, quality=0.5, model_id="")
+    assert np.array_equal(result.decoded.picture, decompress(result.data, model))
+    assert result.decoded.psnr == pytest.approx(psnr(result.decoded.picture, image), abs=1e-3)
+    assert result.decoded.bpp == pytest.approx(8 * len(result.data) / (61 * 40))
+    for name, found in result.others.items():
+        sizes = [len(encode_as(image, name, quality)) for quality in range(101)]
+        assert abs(found.size - len(result.data)) <= 1.1 * min(abs(size - len(result.data)) for size in sizes) + 16, name
+    with pytest.raises(ValueError, match=r"others=.*TIFF.* are not known"):
+        VAERoundTripPipeline(model)(image, others=["TIFF"])
+
+
 # The command line
 
 
@@ -359,8 +374,11 @@ def test_command_line_round_trip_and_its_errors(tmp_path, capsys):
     assert run_cli("decompress", file, "-o", tmp_path / "back.png") == 0
     assert Image.open(tmp_path / "back.png").size == (61, 40)
     capsys.readouterr()
-    assert run_cli("roundtrip", image, "--model", folder) == 0
-    assert "bits per pixel, PSNR" in capsys.readouterr().out
+    assert run_cli("roundtrip", image, "--model", folder, "-o", tmp_path / "panel.png") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in lines] == [str(folder), "JPEG", "WebP", "AVIF", "Written"]
+    assert all("bits per pixel, PSNR" in line for line in lines[:4])
+    assert Image.open(tmp_path / "panel.png").width > 3 * 240
     file.write_bytes(file.read_bytes()[:-1])
     (tmp_path / "text.txt").write_text("no picture")
     for words in (
