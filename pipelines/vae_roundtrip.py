@@ -19,7 +19,7 @@ from diffusers import DiffusionPipeline
 from diffusers.utils import BaseOutput
 from PIL import Image, ImageDraw, ImageFont
 
-FORMATS = {"JPEG": dict(optimize=True), "WebP": dict(method=6), "AVIF": dict(speed=4)}
+FORMATS: dict[str, dict] = {"JPEG": dict(optimize=True), "WebP": dict(method=6), "AVIF": dict(speed=4)}
 """Pillow's encoders, each at its usual best effort."""
 
 

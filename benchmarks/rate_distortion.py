@@ -1,0 +1,266 @@
+"""Pictures in as few bytes as possible: our compressive models against JPEG, WebP and AVIF (Pillow).
+
+    python benchmarks/rate_distortion.py [kodak|fashion|emoji|speed …] [--kodak FOLDER] [--pictures N]
+
+kodak: curves of PSNR and MS-SSIM over bits per pixel, BD-rates between 0.1 and 1.0 bpp, a plot. fashion, emoji: bytes at the
+same PSNR, picture by picture. speed: seconds to encode and to decode a Kodak picture. Sizes are those of whole files unless
+"stripped" stands beside them. Results are added to metrics.json of the model measured. FOLDER is a dataset of the Kodak
+photos, outputs/emoji is made by model_cards/emoji-text-to-image/dataset.py.
+"""
+
+import argparse
+import io
+import json
+import statistics
+import struct
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from scipy.interpolate import PchipInterpolator
+from torchmetrics.functional.image import multiscale_structural_similarity_index_measure as ms_ssim
+
+from hf_ae.bitstream import unpack
+from hf_ae.codec import compress, decompress
+from hf_ae.data import image_column, open_dataset, pick_split
+from hf_ae.evaluate import load_model
+from hf_ae.image_processing import to_mode
+
+CARDS = Path(__file__).resolve().parent.parent / "model_cards"
+QUALITIES = [i / 8 for i in range(9)]
+RIVALS = {
+    "JPEG": [("JPEG", dict(quality=q, optimize=True)) for q in (5, 10, 15, 20, 30, 40, 50, 60, 70, 80, 85, 90, 95)],
+    "WebP": [("WEBP", dict(quality=q, method=6)) for q in (0, 5, 10, 20, 30, 40, 50, 60, 70, 80, 85, 90, 95)],
+    "AVIF": [("AVIF", dict(quality=q, speed=4)) for q in (10, 20, 25, 30, 35, 40, 50, 60, 70, 80, 90)],
+}
+PUBLISHED = {
+    "factorized prior": [(0.1226, 26.909), (0.1885, 28.218), (0.2878, 29.617), (0.4404, 31.277), (0.6481, 32.956), (0.9670, 35.381)],
+    "scale hyperprior": [(0.1313, 27.582), (0.2089, 29.197), (0.3199, 30.972), (0.4784, 32.838), (0.6687, 34.526), (0.9388, 36.743)],
+    "mean & scale": [(0.1239, 27.699), (0.1980, 29.359), (0.3072, 31.129), (0.4606, 32.951), (0.6617, 34.968), (0.9144, 36.911)],
+}
+"""(bpp, dB) on all 24 Kodak pictures, from CompressAI's tables (bmshj2018-factorized, bmshj2018-hyperprior, mbt2018-mean; MSE)."""
+
+
+def pictures(dataset: str, split: str, channels: int, most: int, size: int | None = None) -> list[Image.Image]:
+    part = pick_split(open_dataset(dataset), split)
+    column = image_column(part)
+    found = [to_mode(part[i][column], channels) for i in range(min(most, len(part)))]
+    return [p if size is None else p.resize((size, size), Image.Resampling.BICUBIC) for p in found]
+
+
+def tensor(picture: Image.Image) -> torch.Tensor:
+    return torch.from_numpy(np.array(picture)).float().div(255).view(1, picture.height, picture.width, -1).permute(0, 3, 1, 2)
+
+
+def psnr(x: Image.Image, y: Image.Image) -> float:
+    error = np.square(np.asarray(x, float) - np.asarray(y, float)).mean()
+    return float(10 * np.log10(255**2 / max(error, 1e-5)))
+
+
+def encode(picture: Image.Image, name: str, options: dict) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, name, **options)
+    return buffer.getvalue()
+
+
+def stripped(data: bytes) -> int:
+    """Bytes of a file without its headers: scans of a JPEG, partitions of a WebP, media data of an AVIF, our payload."""
+    if data[:2] == b"\xff\xd8":
+        at = 2
+        while data[at + 1] != 0xDA:  # the start of the scan
+            at += 2 + struct.unpack(">H", data[at + 2 : at + 4])[0]
+        return len(data) - at - 2 - struct.unpack(">H", data[at + 2 : at + 4])[0] - 2
+    if data[:4] == b"RIFF":
+        return len(data) - 30  # RIFF, chunk and frame headers
+    if data[4:8] == b"ftyp":
+        at, total = 0, 0
+        while at < len(data):
+            length, kind = struct.unpack(">I4s", data[at : at + 8])
+            total += length - 8 if kind == b"mdat" else 0
+            at += length
+        return total
+    return len(unpack(data).body)
+
+
+def measure(originals, files, decode) -> dict:
+    """Means over pictures."""
+    back = [decode(data) for data in files]
+    pixels = [p.width * p.height for p in originals]
+    result = {
+        "bpp": statistics.mean(8 * len(d) / n for d, n in zip(files, pixels)),
+        "bpp_stripped": statistics.mean(8 * stripped(d) / n for d, n in zip(files, pixels)),
+        "psnr": statistics.mean(psnr(x, y) for x, y in zip(originals, back)),
+    }
+    if min(originals[0].size) > 160:
+        result["ms_ssim"] = statistics.mean(ms_ssim(tensor(y), tensor(x), data_range=1.0).item() for x, y in zip(originals, back))
+    return result
+
+
+def bd_rate(ours: list[dict], theirs: list[dict], metric: str = "psnr", rate: str = "bpp", low: float = 0.1, high: float = 1.0) -> float:
+    """Mean difference of the rate at equal quality, in % (Bjøntegaard 2001), where both curves lie between `low` and `high` bpp."""
+
+    def curve(points):
+        points = sorted({round(p[metric], 9): p[rate] for p in points}.items())
+        quality = np.array([transform(q, metric) for q, _ in points])
+        return quality, np.log([r for _, r in points])
+
+    spans, curves = [], []
+    for points in (ours, theirs):
+        quality, rates = curve(points)
+        line = PchipInterpolator(quality, rates)
+        fine = np.linspace(quality[0], quality[-1], 2000)
+        inside = fine[(line(fine) >= np.log(low)) & (line(fine) <= np.log(high))]
+        spans.append((inside[0], inside[-1]))
+        curves.append(line)
+    first, last = max(s[0] for s in spans), min(s[1] for s in spans)
+    difference = (curves[0].integrate(first, last) - curves[1].integrate(first, last)) / (last - first)
+    return float(100 * (np.exp(difference) - 1))
+
+
+def transform(value: float, metric: str) -> float:
+    """MS-SSIM in dB: -10 log10(1 - value)."""
+    return -10 * np.log10(1 - value) if metric == "ms_ssim" else value
+
+
+def of_file(data: bytes) -> Image.Image:
+    picture = Image.open(io.BytesIO(data))
+    return picture if picture.mode == "L" else picture.convert("RGB")
+
+
+def kodak(args) -> dict:
+    """Curves and BD-rates of photo-compressive."""
+    model, _ = load_model(CARDS / "photo-compressive")
+    originals = pictures(args.kodak, "test", 3, args.pictures or 24)
+    ours = []
+    for quality in QUALITIES:
+        files = [compress(model, p, quality=quality, model_id="") for p in originals]
+        ours.append(measure(originals, files, lambda data: decompress(data, model)) | {"quality": quality})
+        print(f"  quality {quality:.3f}: {json.dumps(ours[-1])}", flush=True)
+    curves = {"hf_ae": ours}
+    for name, settings in RIVALS.items():
+        curves[name] = [measure(originals, [encode(p, *setting) for p in originals], of_file) for setting in settings]
+    result = {"pictures": len(originals)}
+    for name in RIVALS:
+        result[f"bd_rate_psnr_{name}"] = bd_rate(ours, curves[name])
+        result[f"bd_rate_psnr_{name}_stripped"] = bd_rate(ours, curves[name], rate="bpp_stripped")
+        result[f"bd_rate_ms_ssim_{name}"] = bd_rate(ours, curves[name], "ms_ssim")
+    plot(curves, CARDS / "photo-compressive" / "rate_distortion.png")
+    return result | {"curve": ours}
+
+
+def plot(curves: dict, path: Path):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(12, 5), dpi=100, layout="constrained")
+    for axis, metric, label in zip(axes, ("psnr", "ms_ssim"), ("PSNR, dB", "MS-SSIM, dB")):
+        for name, points in curves.items():
+            style = dict(marker="o", linewidth=2.5, zorder=3) if name == "hf_ae" else dict(linewidth=1.5)
+            axis.plot([p["bpp"] for p in points], [transform(p[metric], metric) for p in points], label=name, **style)
+        axis.set(xlim=(0, 1.2), xlabel="bits per pixel, whole files", ylabel=label)
+        inside = [transform(p[metric], metric) for points in curves.values() for p in points if 0.08 < p["bpp"] < 1.2]
+        axis.set_ylim(min(inside) - 0.5, max(inside) + 0.5)
+        axis.grid(alpha=0.3)
+    for name, points in PUBLISHED.items():
+        axes[0].plot(*zip(*points), linestyle=":", marker=".", linewidth=1, label=f"{name} (published, 24 pictures)")
+    axes[0].legend(fontsize=9)
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def equal_psnr(model, originals: list[Image.Image], quality: float) -> dict:
+    """Bytes of our files beside those of each rival at the least quality that is as near to the original, summed over pictures."""
+    ours = [compress(model, p, quality=quality, model_id="") for p in originals]
+    wanted = [psnr(p, decompress(data, model)) for p, data in zip(originals, ours)]
+    whole, bare = {name: 0 for name in RIVALS}, {name: 0 for name in RIVALS}
+    best_whole = best_bare = 0
+    for picture, least in zip(originals, wanted):
+        smallest = {name: smallest_file(picture, name, least) for name in RIVALS}
+        sizes = {name: (len(data), stripped(data)) for name, data in smallest.items() if data}
+        best_whole += min(size for size, _ in sizes.values())
+        best_bare += min(size for _, size in sizes.values())
+        for name, (size, bare_size) in sizes.items():
+            whole[name], bare[name] = whole[name] + size, bare[name] + bare_size
+    size, inner = sum(map(len, ours)), sum(map(stripped, ours))
+    return {
+        "quality": quality, "psnr": statistics.mean(wanted), "bytes": size / len(ours), "bytes_stripped": inner / len(ours),
+        **{f"bytes_{name}": total / len(ours) for name, total in whole.items()},
+        "share_of_best": size / best_whole, "share_of_best_stripped": inner / best_bare,
+    }  # fmt: skip
+
+
+def smallest_file(picture: Image.Image, name: str, least: float) -> bytes | None:
+    """The file of the lowest quality that reaches a PSNR; None where none does."""
+    kind, options = RIVALS[name][0]
+    low, high, found = 0, 100, None
+    while low <= high:
+        middle = (low + high) // 2
+        data = encode(picture, kind, {**options, "quality": middle})
+        if psnr(picture, of_file(data)) >= least:
+            found, high = data, middle - 1
+        else:
+            low = middle + 1
+    return found
+
+
+def fashion(args) -> dict:
+    """Fashion-MNIST test pictures."""
+    originals = pictures(args.fashion, "test", 1, args.pictures or 300)
+    model, _ = load_model(CARDS / "fashion-compressive")
+    return {f"quality_{q}": equal_psnr(model, originals, q) for q in (0.25, 0.5, 0.75)}
+
+
+def emoji(args) -> dict:
+    """Held-out emoji of 64×64 pixels."""
+    originals = pictures(args.emoji, "test", 3, args.pictures or 165, 64)
+    model, _ = load_model(CARDS / "emoji-compressive")
+    return {f"quality_{q}": equal_psnr(model, originals, q) for q in (0.25, 0.5, 0.75)}
+
+
+def speed(args) -> dict:
+    """Median seconds for one Kodak picture after loading, and the size of what decoding needs."""
+    model, _ = load_model(CARDS / "photo-compressive")
+    picture = pictures(args.kodak, "test", 3, 1)[0]
+    encoding, decoding = [], []
+    for round_ in range(8):
+        started = time.perf_counter()
+        data = compress(model, picture, quality=0.5, model_id="")
+        middle = time.perf_counter()
+        decompress(data, model)
+        if round_:
+            encoding.append(middle - started)
+            decoding.append(time.perf_counter() - middle)
+    weights = {name: tensor.numel() for name, tensor in model.state_dict().items()}
+    decoder = sum(n for name, n in weights.items() if not name.startswith(("encoder.", "hyperprior.hyper_encoder.")))
+    return {
+        "picture": f"{picture.width}×{picture.height}", "threads": torch.get_num_threads(), "encode_s": statistics.median(encoding),
+        "decode_s": statistics.median(decoding), "decoder_values": decoder, "all_values": sum(weights.values()),
+    }  # fmt: skip
+
+
+PARTS = {"kodak": (kodak, "photo"), "fashion": (fashion, "fashion"), "emoji": (emoji, "emoji"), "speed": (speed, "photo")}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", default=list(PARTS))
+    parser.add_argument("--pictures", type=int, help="at most so many of each dataset")
+    parser.add_argument("--kodak", default="kodak", help="folder or Hub id")
+    parser.add_argument("--fashion", default="zalando-datasets/fashion_mnist")
+    parser.add_argument("--emoji", default="outputs/emoji")
+    args = parser.parse_args()
+    for name in args.parts:
+        function, model = PARTS[name]
+        found = function(args)
+        print(f"{name}: {json.dumps({k: v for k, v in found.items() if k != 'curve'})}", flush=True)
+        path = CARDS / f"{model}-compressive" / "metrics.json"
+        metrics = json.loads(path.read_text()) if path.is_file() else {}
+        path.write_text(json.dumps(metrics | {name: found}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
