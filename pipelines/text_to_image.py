@@ -97,7 +97,7 @@ class CaptionPrior(ModelMixin, ConfigMixin):
         nearest = cosines.new_full((len(vectors), len(self.means)), -1.0)
         nearest = nearest.scatter_reduce(1, captions.expand(len(vectors), -1), cosines[:, texts], "amax")
         scores = cosines[:, : len(self.means)] + nearest + vectors @ self.means.float().T
-        return [self.config.captions[number] for number in scores.argmax(1).tolist()]
+        return [self.config["captions"][number] for number in scores.argmax(1).tolist()]
 
 
 class TextToImagePipeline(DiffusionPipeline):
