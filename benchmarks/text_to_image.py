@@ -126,7 +126,7 @@ def choices(prior, text_encoder, tokenizer, emoji) -> dict:
     }
 
 
-def from_scratch(pipe, emoji, features, epochs: int = 60) -> dict:
+def from_scratch(pipe, emoji, features, epochs: int = 30) -> dict:
     """The same choices by a small text encoder that starts from random weights and learns from the captions alone."""
     captions = Captions(datasets.Dataset.from_dict({"text": emoji.names, "keywords": emoji.keywords}), ["text", "text", "keywords"])
     tokenizer, text_encoder = text_encoder_from_scratch(captions.texts, {}, 20, seed=0)
