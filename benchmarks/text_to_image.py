@@ -95,13 +95,17 @@ def alignment(pipe, emoji, features, **options) -> dict:
 
 
 def keywords(pipe, emoji, features, **options) -> dict:
-    """Share of the keywords that no training caption held, for which an emoji of that keyword is among the five nearest."""
+    """Share of the keywords that were no training caption, for which an emoji of that keyword is among the five nearest.
+
+    The lists of keywords leave out the words of an emoji's own name: `top5_with_names` counts emoji named so, too.
+    """
     carriers = carriers_of_keywords(emoji)
     words = sorted(carriers)
     ranked = (features(draw(pipe, words, **options)) @ emoji.features.T).topk(5).indices.tolist()
     hits = [bool(carriers[word] & set(row)) for word, row in zip(words, ranked)]
+    named = [hit or any(word.lower() in emoji.names[i].lower().split() for i in row) for hit, word, row in zip(hits, words, ranked)]
     chosen = {} if pipe.prior is None else choices(pipe.prior, pipe.text_encoder, pipe.tokenizer, emoji)
-    return {"top5": sum(hits) / len(words), "keywords": len(words), **chosen}
+    return {"top5": sum(hits) / len(words), "top5_with_names": sum(named) / len(words), "keywords": len(words), **chosen}
 
 
 def carriers_of_keywords(emoji: Emoji) -> dict[str, set[int]]:
