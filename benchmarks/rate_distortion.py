@@ -23,17 +23,17 @@ from scipy.interpolate import PchipInterpolator
 from torchmetrics.functional.image import multiscale_structural_similarity_index_measure as ms_ssim
 
 from hf_ae.bitstream import unpack
-from hf_ae.codec import compress, decompress
+from hf_ae.codec import ENCODER_ONLY, compress, decompress, load_codec_model
 from hf_ae.data import image_column, open_dataset, pick_split
-from hf_ae.evaluate import load_model
 from hf_ae.image_processing import to_mode
+from hf_ae.pipelines.vae_roundtrip import encode_as
 
 CARDS = Path(__file__).resolve().parent.parent / "model_cards"
 QUALITIES = [i / 8 for i in range(9)]
 RIVALS = {
-    "JPEG": [("JPEG", dict(quality=q, optimize=True)) for q in (5, 10, 15, 20, 30, 40, 50, 60, 70, 80, 85, 90, 95)],
-    "WebP": [("WEBP", dict(quality=q, method=6)) for q in (0, 5, 10, 20, 30, 40, 50, 60, 70, 80, 85, 90, 95)],
-    "AVIF": [("AVIF", dict(quality=q, speed=4)) for q in (10, 20, 25, 30, 35, 40, 50, 60, 70, 80, 90)],
+    "JPEG": (5, 10, 15, 20, 30, 40, 50, 60, 70, 80, 85, 90, 95),
+    "WebP": (0, 5, 10, 20, 30, 40, 50, 60, 70, 80, 85, 90, 95),
+    "AVIF": (10, 20, 25, 30, 35, 40, 50, 60, 70, 80, 90),
 }
 PUBLISHED = {
     "factorized prior": [(0.1226, 26.909), (0.1885, 28.218), (0.2878, 29.617), (0.4404, 31.277), (0.6481, 32.956), (0.9670, 35.381)],
@@ -57,12 +57,6 @@ def tensor(picture: Image.Image) -> torch.Tensor:
 def psnr(x: Image.Image, y: Image.Image) -> float:
     error = np.square(np.asarray(x, float) - np.asarray(y, float)).mean()
     return float(10 * np.log10(255**2 / max(error, 1e-5)))
-
-
-def encode(picture: Image.Image, name: str, options: dict) -> bytes:
-    buffer = io.BytesIO()
-    picture.save(buffer, name, **options)
-    return buffer.getvalue()
 
 
 def stripped(data: bytes) -> int:
@@ -131,7 +125,7 @@ def of_file(data: bytes) -> Image.Image:
 
 def kodak(args) -> dict:
     """Curves and BD-rates of photo-compressive."""
-    model, _ = load_model(CARDS / "photo-compressive")
+    model = load_codec_model(str(CARDS / "photo-compressive"))
     originals = pictures(args.kodak, "test", 3, args.pictures or 24)
     ours = []
     for quality in QUALITIES:
@@ -140,7 +134,7 @@ def kodak(args) -> dict:
         print(f"  quality {quality:.3f}: {json.dumps(ours[-1])}", flush=True)
     curves = {"hf_ae": ours}
     for name, settings in RIVALS.items():
-        curves[name] = [measure(originals, [encode(p, *setting) for p in originals], of_file) for setting in settings]
+        curves[name] = [measure(originals, [encode_as(p, name, quality) for p in originals], of_file) for quality in settings]
     result = {"pictures": len(originals)}
     for name in RIVALS:
         result[f"bd_rate_psnr_{name}"] = bd_rate(ours, curves[name])
@@ -195,11 +189,10 @@ def equal_psnr(model, originals: list[Image.Image], quality: float) -> dict:
 
 def smallest_file(picture: Image.Image, name: str, least: float) -> bytes | None:
     """The file of the lowest quality that reaches a PSNR; None where none does."""
-    kind, options = RIVALS[name][0]
     low, high, found = 0, 100, None
     while low <= high:
         middle = (low + high) // 2
-        data = encode(picture, kind, {**options, "quality": middle})
+        data = encode_as(picture, name, middle)
         if psnr(picture, of_file(data)) >= least:
             found, high = data, middle - 1
         else:
@@ -210,20 +203,20 @@ def smallest_file(picture: Image.Image, name: str, least: float) -> bytes | None
 def fashion(args) -> dict:
     """Fashion-MNIST test pictures."""
     originals = pictures(args.fashion, "test", 1, args.pictures or 300)
-    model, _ = load_model(CARDS / "fashion-compressive")
+    model = load_codec_model(str(CARDS / "fashion-compressive"))
     return {f"quality_{q}": equal_psnr(model, originals, q) for q in (0.25, 0.5, 0.75)}
 
 
 def emoji(args) -> dict:
     """Held-out emoji of 64×64 pixels."""
     originals = pictures(args.emoji, "test", 3, args.pictures or 165, 64)
-    model, _ = load_model(CARDS / "emoji-compressive")
+    model = load_codec_model(str(CARDS / "emoji-compressive"))
     return {f"quality_{q}": equal_psnr(model, originals, q) for q in (0.25, 0.5, 0.75)}
 
 
 def speed(args) -> dict:
     """Median seconds for one Kodak picture after loading, and the size of what decoding needs."""
-    model, _ = load_model(CARDS / "photo-compressive")
+    model = load_codec_model(str(CARDS / "photo-compressive"))
     picture = pictures(args.kodak, "test", 3, 1)[0]
     encoding, decoding = [], []
     for round_ in range(8):
@@ -235,7 +228,7 @@ def speed(args) -> dict:
             encoding.append(middle - started)
             decoding.append(time.perf_counter() - middle)
     weights = {name: tensor.numel() for name, tensor in model.state_dict().items()}
-    decoder = sum(n for name, n in weights.items() if not name.startswith(("encoder.", "hyperprior.hyper_encoder.")))
+    decoder = sum(n for name, n in weights.items() if not name.startswith(ENCODER_ONLY))
     return {
         "picture": f"{picture.width}×{picture.height}", "threads": torch.get_num_threads(), "encode_s": statistics.median(encoding),
         "decode_s": statistics.median(decoding), "decoder_values": decoder, "all_values": sum(weights.values()),

@@ -44,8 +44,7 @@ def economical_round(v: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """round(v), or one nearer to 0 where the bits saved outweigh the error: rate-distortion optimal quantization."""
     nearest = torch.floor(v + 0.5)
     smaller = nearest - nearest.sign()
-    costs = (ERROR_WEIGHT * (v - symbol).square() + gaussian_bits(symbol.float(), scale) for symbol in (nearest, smaller))
-    cost, cost_of_smaller = costs
+    cost, cost_of_smaller = (ERROR_WEIGHT * (v - symbol).square() + gaussian_bits(symbol.float(), scale) for symbol in (nearest, smaller))
     return torch.where(cost_of_smaller < cost, smaller, nearest)
 
 
@@ -231,9 +230,8 @@ class Hyperprior(nn.Module):
                       factorized prior                    + neighbours that are known -> of the next fourth, then of the rest
     ```
 
-    Scale hyperprior: Ballé et al. 2018; means: Minnen et al. 2018; neighbours: the checkerboard of He
-    et al. 2021, in three steps. The code is in
-    quantization steps.
+    Scale hyperprior: Ballé et al. 2018; means: Minnen et al. 2018; neighbours: the checkerboard of He et al. 2021, in three
+    steps. The code is in quantization steps.
     """
 
     def __init__(self, channels: int, hidden: int, hyper_channels: int):

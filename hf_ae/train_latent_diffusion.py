@@ -115,6 +115,7 @@ def train(args: LatentDiffusionArguments):
     tokenizer, text_encoder = load_text_encoder(args, base, captions, latents, output, accelerator, resume_from)
     scheduler, unet = make_scheduler(args, base), load_unet(args, base, latents, text_encoder, accelerator.device)
     jointly = args.text_encoder is None and base is None
+    frozen_prior = make_prior(captions, text_encoder, tokenizer) if args.caption_prior and not jointly else None
     model = LatentDiffusion(unet, scheduler, text_encoder if jointly else None, args.snr_gamma, args.timestep_shift)
     data = {"pictures": len(captions), "captions": len(drawn.texts), "caption_dropout": args.caption_dropout}
     batches = num_batches(len(captions), args.train_batch_size, accelerator.num_processes)
@@ -123,7 +124,7 @@ def train(args: LatentDiffusionArguments):
     def pipeline():
         bare = run.bare_model
         reader = bare.text_encoder or text_encoder
-        prior = make_prior(captions, reader, tokenizer) if args.caption_prior else None
+        prior = make_prior(captions, reader, tokenizer) if args.caption_prior and jointly else frozen_prior
         return make_pipeline(args, vae=vae, text_encoder=reader, tokenizer=tokenizer, unet=bare.unet, scheduler=scheduler, prior=prior)
 
     loop(args, run, latents, drawn, tokenizer, text_encoder, lambda: validate(args, run, drawn, pipeline(), output), output)

@@ -89,14 +89,14 @@ class VAERoundTripPipeline(DiffusionPipeline):
 
     def codes(self, picture: Image.Image) -> torch.Tensor:
         """The latents of a picture: (channels, height, width); a vector is (values, 1, 1)."""
-        channels = getattr(self.vae.config, "num_channels", None) or self.vae.config.in_channels
-        low, high = getattr(self.vae.config, "pixel_range", (-1.0, 1.0))
-        pixels = torch.from_numpy(np.array(picture.convert("L" if channels == 1 else "RGB"))).float().div(255)
-        pixels = pixels.view(picture.height, picture.width, -1).permute(2, 0, 1)[None]
-        encoded = self.vae.encode((pixels * (high - low) + low).to(self.vae.device, self.vae.dtype))
-        posterior = getattr(encoded, "latent_dist", None)
-        codes = encoded.latents if posterior is None else posterior.mode()
-        return codes[0].float().cpu().reshape(codes.shape[1], *(codes.shape[2:] or (1, 1)))
+        from hf_ae.codec import num_channels, ready
+        from hf_ae.codec_methods import encode_latents
+
+        picture = picture.convert("L" if num_channels(self.vae) == 1 else "RGB")
+        pixels = torch.from_numpy(np.array(picture)).view(1, picture.height, picture.width, -1).permute(0, 3, 1, 2)
+        with ready(self.vae):
+            codes = encode_latents(self.vae, pixels)[0].float()
+        return codes if codes.ndim == 3 else codes[:, None, None]
 
 
 def measure(original: Image.Image, back: Image.Image, size: int) -> Measured:
