@@ -2,13 +2,14 @@
 
     python benchmarks/rate_distortion.py [kodak|fashion|emoji|speed …] [--kodak FOLDER] [--pictures N]
 
-kodak: curves of PSNR and MS-SSIM over bits per pixel, BD-rates between 0.1 and 1.0 bpp, a plot. fashion, emoji: bytes at the
+kodak: curves of PSNR and MS-SSIM (LPIPS too, where the package lpips is installed) over bits per pixel, BD-rates between 0.1 and 1.0 bpp, a plot. fashion, emoji: bytes at the
 same PSNR, picture by picture. speed: seconds to encode and to decode a Kodak picture. Sizes are those of whole files unless
 "stripped" stands beside them. Results are added to metrics.json of the model measured. FOLDER is a dataset of the Kodak
 photos, outputs/emoji is made by model_cards/emoji-text-to-image/dataset.py.
 """
 
 import argparse
+import functools
 import io
 import json
 import statistics
@@ -78,6 +79,16 @@ def stripped(data: bytes) -> int:
     return len(unpack(data).body)
 
 
+@functools.cache
+def perceptual_metric():
+    """LPIPS (Zhang et al. 2018, AlexNet), where the package lpips is installed."""
+    try:
+        from lpips import LPIPS
+    except ModuleNotFoundError:
+        return None
+    return LPIPS(net="alex", verbose=False).eval()
+
+
 def measure(originals, files, decode) -> dict:
     """Means over pictures."""
     back = [decode(data) for data in files]
@@ -87,6 +98,10 @@ def measure(originals, files, decode) -> dict:
         "bpp_stripped": statistics.mean(8 * stripped(d) / n for d, n in zip(files, pixels)),
         "psnr": statistics.mean(psnr(x, y) for x, y in zip(originals, back)),
     }
+    if lpips := perceptual_metric():
+        with torch.no_grad():
+            pairs = [lpips(tensor(x.convert("RGB")) * 2 - 1, tensor(y.convert("RGB")) * 2 - 1) for x, y in zip(originals, back)]
+        result["lpips"] = statistics.mean(pair.item() for pair in pairs)
     if min(originals[0].size) > 160:
         result["ms_ssim"] = statistics.mean(ms_ssim(tensor(y), tensor(x), data_range=1.0).item() for x, y in zip(originals, back))
     return result

@@ -16,8 +16,8 @@ bytes but the last.
 | … | the method's parameters, then its entropy-coded symbols (see `codec`) |
 | 4 | CRC-32 of everything before |
 
-Symbols are range-coded with `constriction` (32-bit words, big-endian; zero bytes at the end are left out). Its models are made
-from tables of whole-number weights, in arithmetic that is the same on every machine.
+Symbols are range-coded with `constriction` (32-bit words, big-endian; of zero bytes at the end up to 7 are left out). Its models
+are made from tables of whole-number weights, in arithmetic that is the same on every machine.
 """
 
 from __future__ import annotations
@@ -34,6 +34,10 @@ MODES = ("L", "RGB")
 MAX_PIXELS = 2**26
 """Larger pictures are refused before anything is allocated."""
 FINGERPRINT_BYTES = 4
+ZERO_TAIL = 7
+"""So many zero bytes at the end of the symbols are not written."""
+CHUNK = 2**18
+"""Symbols decoded at a time; after each chunk the decoder looks whether the data has ended too soon."""
 ESCAPE_LIMIT, ESCAPE_DIGITS = 2**15, 18
 """Symbols lie in -32767 … 32767; twice that and a sign has 0 … 17 binary digits."""
 
@@ -181,7 +185,8 @@ class SymbolEncoder:
             self.coder.encode(low.astype(np.int32), self.stream.model.Uniform(1 << count - 1))
 
     def finish(self) -> bytes:
-        return self.coder.get_compressed().astype(">u4").tobytes().rstrip(b"\0")
+        data = self.coder.get_compressed().astype(">u4").tobytes()
+        return data[: max(len(data.rstrip(b"\0")), len(data) - ZERO_TAIL)]
 
 
 class SymbolDecoder:
@@ -189,7 +194,7 @@ class SymbolDecoder:
 
     def __init__(self, data: bytes):
         self.stream = constriction_stream()
-        words = np.frombuffer(data + bytes(8 + -len(data) % 4), ">u4").astype(np.uint32)
+        words = np.frombuffer(data + bytes(12 + -len(data) % 4), ">u4").astype(np.uint32)  # an honest decoder never reaches the last
         self.coder = self.stream.queue.RangeDecoder(words)
 
     def decode(self, count: int, table: np.ndarray | int, tables: SymbolTables) -> np.ndarray:
@@ -197,7 +202,7 @@ class SymbolDecoder:
         symbols = np.empty(count, np.int32)
         try:
             for number, where in groups((count,), table):
-                index = self.coder.decode(tables.models[number], int(symbols[where].size))
+                index = self._take(int(symbols[where].size), tables.models[number])
                 if len(index) and index.max() >= tables.sizes[number]:
                     raise ValueError("a symbol without a table entry")
                 values = index + np.int32(tables.first[number])
@@ -209,11 +214,19 @@ class SymbolDecoder:
             raise CorruptFileError(f"The file is damaged: its symbols cannot be decoded ({error}).") from None
         return symbols
 
+    def _take(self, count: int, model) -> np.ndarray:
+        parts = [np.empty(0, np.int32)]
+        for start in range(0, count, CHUNK):
+            parts.append(self.coder.decode(model, min(CHUNK, count - start)))
+            if self.coder.maybe_exhausted():
+                raise ValueError("it ends before the picture does")
+        return np.concatenate(parts)
+
     def _escaped(self, count: int, reach: int) -> np.ndarray:
-        digits = self.coder.decode(self.stream.model.Uniform(ESCAPE_DIGITS), count)
+        digits = self._take(count, self.stream.model.Uniform(ESCAPE_DIGITS))
         excess = (digits == 1).astype(np.int64)
         for number in np.unique(digits[digits > 1]).tolist():
-            low = self.coder.decode(self.stream.model.Uniform(1 << number - 1), int((digits == number).sum()))
+            low = self._take(int((digits == number).sum()), self.stream.model.Uniform(1 << number - 1))
             excess[digits == number] = low + (1 << number - 1)
         return np.where(excess % 2, -1, 1) * (excess // 2 + reach + 1)
 
