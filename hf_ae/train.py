@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import os
 import sys
@@ -36,6 +37,7 @@ from hf_ae.data import (
     pick_split,
     to_pixel_values,
 )
+from hf_ae.evaluate import load_model
 from hf_ae.hub import check_login, push_folder, write_card
 from hf_ae.plots import labelled_rows
 from hf_ae.pretraining import pretrain_layerwise
@@ -47,6 +49,7 @@ class ImageTrainingArguments(TrainingArguments):
     """Train any image autoencoder of hf_ae on a Hub dataset or a local folder."""
 
     model_type: str = flag("hf_ae_autoencoder", f"One of {', '.join(hf_ae.MODELS)}.")
+    pretrained_model: str | None = flag(None, "Folder or Hub id of a model to fine-tune; its configuration counts, with your overrides.")
     config_overrides: str | None = flag(None, 'Fields of the configuration: "latent_dim=16,hidden_sizes=[512]".')
     image_column: str | None = flag(None, "Column of the images; default: the only one that holds images.")
     streaming: bool = flag(False, "Read images as they are needed instead of decoding all into memory.")
@@ -108,15 +111,24 @@ def loop(args, run: Run, images, held_out, output: Path):
 
 
 def make_model(args):
-    """A new model of `args.model_type`, with its overrides."""
+    """A new model of `args.model_type`, or the one to fine-tune, with its overrides."""
     if args.model_type not in hf_ae.MODELS:
         raise ValueError(f"model_type={args.model_type!r} is not known: write one of {', '.join(hf_ae.MODELS)}.")
+    source = load_model(args.pretrained_model)[0] if args.pretrained_model else None
+    known = {} if source is None else {f.name: getattr(source.config, f.name) for f in dataclasses.fields(source.config) if f.init}
     set_seed(args.seed)
-    cls = hf_ae.MODELS[args.model_type]
-    config = cls.config_class(**parse_overrides(args.config_overrides))
+    cls = hf_ae.MODELS[args.model_type] if source is None else type(source)
+    config = cls.config_class(**{**known, **parse_overrides(args.config_overrides)})
     if args.random_symmetry and config.image_hw[0] != config.image_hw[1]:
         raise ValueError(f"random_symmetry turns images by 90°, so image_size={config.image_size} must be square: use random_flip.")
-    return cls(config)
+    model = cls(config)
+    if source is not None:
+        try:
+            model.load_state_dict(source.state_dict())
+        except RuntimeError as error:
+            reason = str(error).strip().splitlines()[-1].strip()
+            raise ValueError(f"config_overrides change the shape of the weights of {args.pretrained_model}: {reason}") from None
+    return model
 
 
 def check_request(args, output: Path) -> Path | None:

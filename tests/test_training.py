@@ -212,6 +212,18 @@ def broken_dataset(folder: Path) -> Path:
     return folder
 
 
+def test_fine_tuning_begins_with_the_given_weights_and_changes_what_overrides_name(tmp_path, capsys):
+    few = ["--dataset_name", str(SAMPLE), "--max_train_samples", "40", "--train_batch_size", "20", "--validation_epochs", "0"]
+    make = ["--model_type", "hf_ae_vae", "--config_overrides", "hidden_sizes=[16],latent_dim=4"]
+    main([*few, *make, "--output_dir", str(tmp_path / "first"), "--max_train_steps", "1", "--learning_rate", "1e-2"])
+    tune = [*few, "--pretrained_model", str(tmp_path / "first"), "--max_train_steps", "1", "--learning_rate", "1e-20"]
+    main([*tune, "--config_overrides", "kl_weight=0.25", "--output_dir", str(tmp_path / "second")])
+    first, second = (AutoModel.from_pretrained(tmp_path / name) for name in ("first", "second"))
+    assert second.config.kl_weight == 0.25 and second.config.latent_dim == 4
+    assert all(torch.allclose(a, b, atol=1e-9) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+    expect_one_line(capsys, [*tune, "--config_overrides", "latent_dim=5", "--output_dir", tmp_path / "third"], "shape", "first")
+
+
 def expect_one_line(capsys, argv: list, *words: str):
     with pytest.raises(SystemExit) as stop:
         main([str(a) for a in argv])
