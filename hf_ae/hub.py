@@ -66,7 +66,7 @@ def write_card(folder) -> Path:
         front = dict(license="apache-2.0", library_name="transformers", tags=tags)
         front |= dict(model_name=name, eval_results=eval_results(metrics)) if metrics else {}
         sections = [summary(config, dataset), *picture_section(folder), use_section(name)]
-        sections += [codec_section(name)] if config.get("model_type") == "hf_ae_compressive" else []
+        sections += [codec_section(name, metrics)] if config.get("model_type") == "hf_ae_compressive" else []
         sections += [results_section(metrics)] if metrics else []
     if license := front_matter(old).get("license"):
         front["license"] = license
@@ -111,6 +111,8 @@ def picture_section(folder: Path) -> list[str]:
     captions = {
         "reconstructions.png": "Held-out images and what becomes of them",
         "samples.png": "Pictures drawn from prompts",
+        "rate_distortion.png": "Kodak's photos: quality against the size of the file",
+        "roundtrip.png": "A picture through a file and back, beside other formats at that size",
         "latent_plane.png": "The latent plane: codes of held-out images, and what the decoder draws all over it",
     }
     return [f"![{text}]({name})" for name, text in captions.items() if (folder / name).is_file()]
@@ -132,8 +134,8 @@ reconstruction = processor.postprocess(model(**inputs).reconstruction)[0]  # a P
 ```"""
 
 
-def codec_section(name: str) -> str:
-    return f"""As an image codec (`pip install 'hf_ae[codec]'`):
+def codec_section(name: str, metrics: dict) -> str:
+    text = f"""As an image codec (`pip install 'hf_ae[codec]'`):
 
 ```python
 from hf_ae.codec import compress, decompress
@@ -143,6 +145,34 @@ picture = decompress(data, model)
 ```
 
 On the command line: `hf-ae compress image.png -o image.hfae --model {name}` and `hf-ae decompress image.hfae -o image.png`"""
+    return "\n\n".join([text, *rivals_section(metrics)])
+
+
+def rivals_section(metrics: dict) -> list[str]:
+    """Tables of what benchmarks/rate_distortion.py measured against other formats, [] where it did not."""
+    rivals, parts = ("JPEG", "WebP", "AVIF"), []
+    if kodak := metrics.get("kodak"):
+        rows = {"PSNR": "bd_rate_psnr_{}", "PSNR, headers stripped": "bd_rate_psnr_{}_stripped", "MS-SSIM": "bd_rate_ms_ssim_{}"}
+        table = [f"| {name} | " + " | ".join(f"{kodak[key.format(r)]:+.1f} %" for r in rivals) + " |" for name, key in rows.items()]
+        head = "| bytes at equal | " + " | ".join(f"against {r}" for r in rivals) + " |\n| --- | ---: | ---: | ---: |\n"
+        parts.append(f"{kodak['pictures']} Kodak photos, 0.1 to 1.0 bits per pixel (BD-rate, whole files):\n\n{head}" + "\n".join(table))
+    for data in ("fashion", "emoji"):
+        if rows := metrics.get(data):
+            table = (
+                "| quality | PSNR (dB) | bytes | JPEG | WebP | AVIF | of the best | of the best, headers stripped |\n" + "| ---: " * 8 + "|"
+            )
+            for row in rows.values():
+                cells = [f"{row['quality']:g}", f"{row['psnr']:.1f}", f"{row['bytes']:.0f}", *(f"{row[f'bytes_{r}']:.0f}" for r in rivals)]
+                cells += [f"{row['share_of_best']:.1%}", f"{row['share_of_best_stripped']:.1%}"]
+                table += "\n| " + " | ".join(cells) + " |"
+            parts.append(f"Bytes of a file at the same PSNR, picture by picture, means:\n\n{table}")
+    if speed := metrics.get("speed"):
+        parts.append(
+            f"A {speed['picture']} photo is encoded in {speed['encode_s']:.2f} s and decoded in {speed['decode_s']:.2f} s with "
+            f"{speed['threads']} threads; decoding takes {speed['decoder_values']:,} of the {speed['all_values']:,} weights."
+        )
+    command = "Printed by `benchmarks/rate_distortion.py` of the source repository."
+    return ["## Against other formats", *parts, command] if parts else []
 
 
 def results_section(metrics: dict) -> str:
