@@ -56,7 +56,7 @@ def tensor(picture: Image.Image) -> torch.Tensor:
 
 
 def psnr(x: Image.Image, y: Image.Image) -> float:
-    error = np.square(np.asarray(x, float) - np.asarray(y, float)).mean()
+    error = np.square(np.asarray(x, float) - np.asarray(y.convert(x.mode), float)).mean()  # WebP has no gray mode
     return float(10 * np.log10(255**2 / max(error, 1e-5)))
 
 
@@ -134,8 +134,7 @@ def transform(value: float, metric: str) -> float:
 
 
 def of_file(data: bytes) -> Image.Image:
-    picture = Image.open(io.BytesIO(data))
-    return picture if picture.mode == "L" else picture.convert("RGB")
+    return Image.open(io.BytesIO(data)).convert("RGB")
 
 
 def kodak(args) -> dict:

@@ -5,19 +5,18 @@ bytes but the last.
 
 | bytes | what |
 | ---: | --- |
-| 4 | `HFAE` |
-| 1 | version: 1 |
-| 1 | method in the lower four bits (see METHODS), Pillow mode of the picture in the upper four (see MODES) |
+| 2 | AE 68 |
+| 1 | from the top: 3 bits version (1), 1 bit Pillow mode (see MODES), 1 bit whether the file names its model, 3 bits method (see METHODS) |
 | 1-5 | width, varint |
 | 1-5 | height, varint |
-| 4 | fingerprint: the first bytes of the SHA-256 over the weights and tables that decoding uses |
-| 1 | length of the model's id in bytes; 0: the file names no model |
-| 0-255 | the model's id, UTF-8: a Hub id or a folder |
+| 3 | fingerprint: the first bytes of the SHA-256 over the weights and tables that decoding uses |
+| 0-256 | where the file names its model: length of the id in bytes, 1 byte; the id, UTF-8: a Hub id or a folder |
 | … | the method's parameters, then its entropy-coded symbols (see `codec`) |
 | 4 | CRC-32 of everything before |
 
-Symbols are range-coded with `constriction` (32-bit words, big-endian; of zero bytes at the end up to 7 are left out). Its models
-are made from tables of whole-number weights, in arithmetic that is the same on every machine.
+Symbols are range-coded with `constriction` (32-bit words, big-endian). The last words are chosen so that they end in as many zero
+bytes as possible, of which up to 7 are left out. Its models are made from tables of whole-number weights, in arithmetic that is
+the same on every machine.
 """
 
 from __future__ import annotations
@@ -27,13 +26,13 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-MAGIC = b"HFAE"
+MAGIC = b"\xaeh"
 VERSION = 1
 METHODS = ("hyperprior", "latents", "palette")
 MODES = ("L", "RGB")
 MAX_PIXELS = 2**26
 """Larger pictures are refused before anything is allocated."""
-FINGERPRINT_BYTES = 4
+FINGERPRINT_BYTES = 3
 ZERO_TAIL = 7
 """So many zero bytes at the end of the symbols are not written."""
 CHUNK = 2**18
@@ -67,33 +66,35 @@ def pack(file: File) -> bytes:
         raise ValueError(f"The model's id has {len(name)} bytes, and the format holds 255: pass a shorter model_id.")
     if not 0 < file.width * file.height <= MAX_PIXELS:
         raise ValueError(f"A picture of {file.width}×{file.height} pixels is beyond the limit of {MAX_PIXELS:,} pixels.")
-    kind = METHODS.index(file.method) | MODES.index(file.mode) << 4
-    head = MAGIC + bytes([VERSION, kind]) + varint(file.width) + varint(file.height) + file.fingerprint + bytes([len(name)])
-    data = head + name + file.body
+    kind = VERSION << 5 | MODES.index(file.mode) << 4 | bool(name) << 3 | METHODS.index(file.method)
+    head = MAGIC + bytes([kind]) + varint(file.width) + varint(file.height) + file.fingerprint
+    data = head + (bytes([len(name)]) + name if name else b"") + file.body
     return data + zlib.crc32(data).to_bytes(4, "little")
 
 
 def unpack(data: bytes, max_pixels: int = MAX_PIXELS) -> File:
     """Bytes -> File. Raises CorruptFileError for anything that `pack` did not write, and for pictures beyond `max_pixels`."""
-    if data[:4] != MAGIC:
-        raise CorruptFileError("This is no .hfae file: it does not begin with HFAE.")
-    if len(data) > 4 and data[4] != VERSION:
-        raise CorruptFileError(f"The file has format version {data[4]}, and this reader knows version {VERSION}.")
-    if len(data) < 18 or zlib.crc32(data[:-4]) != int.from_bytes(data[-4:], "little"):
+    if data[:2] != MAGIC:
+        raise CorruptFileError("This is no .hfae file: it does not begin with AE 68.")
+    if len(data) > 2 and data[2] >> 5 != VERSION:
+        raise CorruptFileError(f"The file has format version {data[2] >> 5}, and this reader knows version {VERSION}.")
+    if len(data) < 12 or zlib.crc32(data[:-4]) != int.from_bytes(data[-4:], "little"):
         raise CorruptFileError("The file is damaged: its checksum does not match.")
-    reader = Reader(data[5:-4])
+    reader = Reader(data[2:-4])
     kind = reader.take(1)[0]
-    if kind & 15 >= len(METHODS) or kind >> 4 >= len(MODES):
-        raise CorruptFileError(f"The file uses method {kind & 15} and mode {kind >> 4}, which this reader does not know.")
+    if kind & 7 >= len(METHODS):
+        raise CorruptFileError(f"The file uses method {kind & 7}, which this reader does not know.")
     width, height = reader.varint(), reader.varint()
     if not 0 < width * height <= max_pixels:
         raise CorruptFileError(f"The file claims {width}×{height} pixels, and at most {max_pixels:,} are read.")
-    fingerprint, name = reader.take(FINGERPRINT_BYTES), reader.take(reader.take(1)[0])
+    fingerprint, name = reader.take(FINGERPRINT_BYTES), b""
+    if kind & 8:
+        name = reader.take(reader.take(1)[0])
     try:
         model_id = name.decode()
     except UnicodeDecodeError:
         raise CorruptFileError("The model's id in the file is not UTF-8.") from None
-    return File(METHODS[kind & 15], MODES[kind >> 4], width, height, fingerprint, model_id, reader.rest())
+    return File(METHODS[kind & 7], MODES[kind >> 4 & 1], width, height, fingerprint, model_id, reader.rest())
 
 
 def varint(value: int) -> bytes:
@@ -185,7 +186,12 @@ class SymbolEncoder:
             self.coder.encode(low.astype(np.int32), self.stream.model.Uniform(1 << count - 1))
 
     def finish(self) -> bytes:
+        """The bytes. Any number of the coder's last interval will do: that with the most zero bytes at its end is written."""
+        words, (low, width) = self.coder.pos()
         data = self.coder.get_compressed().astype(">u4").tobytes()
+        if low + width < 2**64:  # else the sum carries into words before
+            unit = next(u for u in (1 << 8 * n for n in range(7, -1, -1)) if -(-low // u) * u < low + width)
+            data = data[: 4 * words] + (-(-low // unit) * unit).to_bytes(8, "big")
         return data[: max(len(data.rstrip(b"\0")), len(data) - ZERO_TAIL)]
 
 

@@ -74,14 +74,15 @@ def test_symbols_that_no_table_holds_are_refused():
 
 
 def test_header_is_what_the_documentation_says():
-    file = File("latents", "RGB", 300, 5, b"abcd", "me/model", b"body")
+    file = File("latents", "RGB", 300, 5, b"abc", "me/model", b"body")
     data = pack(file)
-    expected = b"HFAE\x01\x11" + b"\xac\x02" + b"\x05" + b"abcd" + b"\x08me/model" + b"body"
+    expected = b"\xaeh\x39" + b"\xac\x02" + b"\x05" + b"abc" + b"\x08me/model" + b"body"
     assert data == expected + zlib.crc32(expected).to_bytes(4, "little")
     assert unpack(data) == file
-    assert len(pack(File("hyperprior", "RGB", 768, 512, b"abcd", "", b""))) == 19
+    assert len(pack(File("hyperprior", "RGB", 768, 512, b"abc", "", b""))) == 14
+    assert unpack(pack(File("hyperprior", "L", 1, 1, b"abc", "", b""))) == File("hyperprior", "L", 1, 1, b"abc", "", b"")
     with pytest.raises(ValueError, match="255"):
-        pack(File("latents", "L", 3, 5, b"abcd", "é" * 128, b""))
+        pack(File("latents", "L", 3, 5, b"abc", "é" * 128, b""))
 
 
 def test_damaged_files_are_refused_and_never_give_a_picture(gray):
@@ -115,19 +116,15 @@ def sealed(content: bytes) -> bytes:
 def test_hostile_headers_with_a_right_checksum_are_refused_before_anything_is_allocated(gray):
     data = compress(gray, picture(), quality=0.5, model_id="")
     content, own = data[:-4], codec.fingerprint(gray)
-    head = len(b"HFAE\x01\x00") + 2
+    head = 5  # magic, kind, width and height of one byte each
     huge = [bitstream.varint(w) + bitstream.varint(h) for w, h in ((2**31, 2**31), (70000, 70000), (2**34, 1), (0, 5), (8193, 8192))]
-    hostile = [content[:6] + size + content[head:] for size in huge]
-    hostile += [
-        b"HFAE\x02" + content[5:],
-        content[:5] + b"\x0f" + content[6:],
-        content[:5] + b"\x50" + content[6:],
-        content[:6] + b"\xff" * 9,
-    ]
-    hostile += [content[:head] + b"\xff" * 4 + content[head + 4 :], content[: head + 4] + b"\xff", content[: head + 4] + b"\x02\xff\xff"]
-    hostile += [content[: head + 5] + b"\xff" + content[head + 6 :], content[: head + 5]]
-    hostile += [content[:5] + bytes([method]) + content[6:] for method in (1, 2)]
-    assert content[head : head + 4] == own
+    hostile = [content[:3] + size + content[head:] for size in huge]
+    kinds = (0x40, 0x27, 0x21, 0x22, 0x28)  # another version, method 7, another model's method, a name that is not there
+    hostile += [content[:2] + bytes([kind]) + content[3:] for kind in kinds]
+    hostile += [content[:3] + b"\xff" * 9, content[:head] + b"\xff" * 3 + content[head + 3 :], content[: head + 3]]
+    hostile += [content[:2] + b"\x28" + content[3 : head + 3] + name for name in (b"\xff", b"\x02\xff\xff", b"")]
+    hostile += [content[: head + 3] + b"\xff" + content[head + 4 :]]
+    assert content[head : head + 3] == own
     started = time.perf_counter()
     for case in hostile:
         with pytest.raises(CorruptFileError):
@@ -143,7 +140,7 @@ def test_payload_of_another_picture_with_a_right_checksum_ends_in_an_error_or_a_
     content = compress(gray, picture(), model_id="")[:-4]
     for _ in range(50):
         forged = bytearray(content)
-        forged[14:] = rng.integers(0, 256, int(rng.integers(0, 300)), dtype=np.uint8).tobytes()
+        forged[9:] = rng.integers(0, 256, int(rng.integers(0, 300)), dtype=np.uint8).tobytes()
         with contextlib.suppress(CorruptFileError):
             assert decompress(sealed(bytes(forged)), gray).size == (61, 40)
 
@@ -154,8 +151,8 @@ def test_forged_size_with_a_right_checksum_ends_within_a_second_and_200_megabyte
     model.save_pretrained(tmp_path)
     rng, size = np.random.default_rng(3), bitstream.varint(8192) + bitstream.varint(8192)
     content = compress(model, picture(), quality=0.5, model_id="")[:-4]
-    start = content[:6] + size + content[8:14]
-    payloads = [b"", b"\x00", content[14:], rng.bytes(2000), bytes(2000), b"\xff" * 2000]
+    start = content[:3] + size + content[5:9]
+    payloads = [b"", b"\x00", content[9:], rng.bytes(2000), bytes(2000), b"\xff" * 2000]
     for number, payload in enumerate(payloads):
         (tmp_path / f"{number}.hfae").write_bytes(sealed(start + payload))
     child = """
