@@ -12,6 +12,9 @@ from .configuration import CompressiveAutoencoderConfig
 from .entropy_models import QUALITY_ANCHORS, QUALITY_LEVELS, Hyperprior, QualityTable, Quantized
 from .modeling_autoencoder import AutoencoderModel, AutoencoderOutput, EncoderOutput, with_offload_hook
 
+MS_SSIM_SHARE = 1000
+"""What `mse+ms_ssim` weighs 1 - MS-SSIM with, beside 255² × mean squared error: about half as much as would make them equal."""
+
 
 @dataclass
 class CompressiveEncoderOutput(EncoderOutput):
@@ -53,7 +56,7 @@ class CompressiveAutoencoderModel(AutoencoderModel):
         super().__init__(config)
         low, high = (math.log(value) for value in config.lambda_range)
         lambdas = [math.exp(low + (high - low) * i / (QUALITY_ANCHORS - 1)) for i in range(QUALITY_ANCHORS)]
-        equal = 1.0 if config.reconstruction_loss == "mse" else 1 / 2000  # λ of MS-SSIM to that of MSE, roughly
+        equal = 1 / 2000 if config.reconstruction_loss == "ms_ssim" else 1.0  # λ of MS-SSIM to that of MSE, roughly
         steps = [0.5 * math.log(18 / (math.log(2) * equal * value * 255**2)) for value in lambdas]
         self.log_steps = QualityTable(steps, config.latent_channels)
         self.hyperprior = Hyperprior(config.latent_channels, *config.hyper_channels)
@@ -114,12 +117,15 @@ class CompressiveAutoencoderModel(AutoencoderModel):
         return (quality * QUALITY_LEVELS).round().long().expand(batch)
 
     def distortion(self, reconstruction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        """Of each image: 255² × mean squared error, or 1 - MS-SSIM; (batch,)."""
+        """Of each image: 255² × mean squared error, 1 - MS-SSIM, or the first plus MS_SSIM_SHARE of the second; (batch,)."""
         low, high = self.config.pixel_range
         x, y = ((image - low) / (high - low) for image in (reconstruction, target))
-        if self.config.reconstruction_loss == "ms_ssim":
-            return 1 - ms_ssim(x, y)
-        return 255**2 * (x - y).square().flatten(1).mean(1)
+        kind = self.config.reconstruction_loss
+        error = x.new_zeros(len(x)) if kind == "ms_ssim" else 255**2 * (x - y).square().flatten(1).mean(1)
+        if kind == "mse":
+            return error
+        with torch.autocast(x.device.type, enabled=False):  # variances are small differences
+            return error + (1 if kind == "ms_ssim" else MS_SSIM_SHARE) * (1 - ms_ssim(x, y))
 
     # The codec's view
 
