@@ -39,6 +39,8 @@ TITLES = {
     "hf_ae_vae": "A variational autoencoder",
     "hf_ae_beta_vae": "A β-VAE",
     "hf_ae_compressive": "A compressive autoencoder",
+    "hf_ae_vqvae": "A VQ-VAE",
+    "hf_ae_vqvae2": "A VQ-VAE-2",
 }
 
 
