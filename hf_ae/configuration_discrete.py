@@ -91,7 +91,7 @@ class VQVAEConfig(AutoencoderConfig):
 
     def _check_codes(self):
         if self.latent_dim is None and self.num_codes is not None:
-            raise ValueError("num_codes divides a vector code (latent_dim); a spatial code has one codeword at each position: leave it out.")
+            raise ValueError("num_codes divides a vector code (latent_dim); a spatial code has one at each position: leave it out.")
         if self.latent_dim is not None and (not self.num_codes or self.num_codes < 1 or self.latent_dim % self.num_codes):
             raise ValueError(f"num_codes={self.num_codes} must divide latent_dim={self.latent_dim}.")
 

@@ -8,9 +8,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .code_prior import CodePrior
 from .configuration_discrete import VQVAE2Config, VQVAEConfig
 from .modeling_autoencoder import AutoencoderModel, EncoderOutput, with_offload_hook
+from .modeling_code_prior import CodePrior
 from .networks import ResBlock
 from .quantizers import QuantizedCode, make_quantizer, usage_and_perplexity
 
@@ -38,7 +38,7 @@ class VQVAEModel(AutoencoderModel):
     """
 
     config_class = VQVAEConfig
-    _keep_in_fp32_modules_strict = {"quantizers"}
+    _keep_in_fp32_modules_strict = {"codebook", "cluster_sizes"}
 
     def __init__(self, config):
         super().__init__(config)

@@ -433,7 +433,8 @@ def save_model(model, folder: Path, dtype: str = "float32"):
     """
     model.save_pretrained(folder)
     if dtype != "float32":
-        path, exact = folder / "model.safetensors", tuple(f"{name}." for name in model._keep_in_fp32_modules_strict or ())
-        rounded = getattr(torch, dtype)
-        stored = {k: v.to(rounded) if v.is_floating_point() and not k.startswith(exact) else v for k, v in load_file(path).items()}
+        path, exact = folder / "model.safetensors", set(model._keep_in_fp32_modules_strict or ())
+        stored = load_file(path)
+        rounded = [name for name, value in stored.items() if value.is_floating_point() and not exact & set(name.split("."))]
+        stored |= {name: stored[name].to(getattr(torch, dtype)) for name in rounded}
         save_file(stored, path, metadata={"format": "pt"})
