@@ -175,6 +175,9 @@ def results_section(metrics: dict) -> str:
             f"\n\nLog-likelihood under {bound['model']}: evidence lower bound {bound['elbo']:.2f} nats, importance-weighted bound "
             f"{bound['log_likelihood_bound']:.2f} nats ({bound['samples']:,} samples, {bound['images']:,} images)."
         )
+    for name, level in metrics.get("codes", {}).items():
+        text += f"\n\nCodes, {name.replace('_', ' ')}: {level['codes']} an image, {level['usage']:.1%} of the codewords in use, "
+        text += f"perplexity {level['perplexity']:.1f}."
     if "compression" in metrics:
         text += f"\n\nWhole files of {metrics['compression']['images']:,} pictures at their own size, means:\n\n"
         text += "| quality | bytes | bits per pixel | PSNR (dB) |\n| ---: | ---: | ---: | ---: |\n"
