@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch.nn import functional as F
@@ -27,21 +28,20 @@ class CodePrior(GPT2PreTrainedModel):
         """`config`: that of the model with the codes."""
         self.shapes, self.size, self.num_classes = config.level_shapes(), config.codebook_size, config.prior_classes
         self.lengths = [math.prod(shape) for shape in self.shapes]
-        super().__init__(
-            GPT2Config(
-                vocab_size=len(self.shapes) * self.size + self.num_classes + 1,
-                n_positions=sum(self.lengths),
-                n_embd=config.prior_hidden_size,
-                n_layer=config.prior_layers,
-                n_head=config.prior_heads,
-                resid_pdrop=0.0,
-                embd_pdrop=0.0,
-                attn_pdrop=0.0,
-                bos_token_id=None,
-                eos_token_id=None,
-                attn_implementation="eager",  # torch's fused attention has a slow backward pass in bf16 on CPUs
-            )
+        fields: dict[str, Any] = dict(
+            vocab_size=len(self.shapes) * self.size + self.num_classes + 1,
+            n_positions=sum(self.lengths),
+            n_embd=config.prior_hidden_size,
+            n_layer=config.prior_layers,
+            n_head=config.prior_heads,
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+            bos_token_id=None,
+            eos_token_id=None,
+            attn_implementation="eager",  # torch's fused attention has a slow backward pass in bf16 on CPUs
         )
+        super().__init__(GPT2Config(**fields))
         self.transformer = GPT2Model(self.config)
         self.post_init()
 

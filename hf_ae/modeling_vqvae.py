@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -42,7 +43,7 @@ class VQVAEModel(AutoencoderModel):
 
     def __init__(self, config):
         super().__init__(config)
-        self.quantizers = nn.ModuleList(make_quantizer(config) for _ in range(config.num_levels))
+        self.quantizers: Any = nn.ModuleList(make_quantizer(config) for _ in range(config.num_levels))
         self.prior = None if config.prior_layers is None else CodePrior(config)
         self.post_init()
 

@@ -77,8 +77,8 @@ def train(args: PriorArguments):
     output = Path(args.output_dir)
     resume_from = check_request(args, output)
     accelerator = make_accelerator(args, output)
-    model, processor = load_codes_model(args.model)
-    parts = open_dataset(args.dataset_name, args.dataset_config_name)
+    model, processor = load_codes_model(str(args.model))
+    parts = open_dataset(str(args.dataset_name), args.dataset_config_name)
     dataset, held_out = pick_split(parts, args.train_split), args.eval_split or held_out_name(parts)
     labels, names = read_labels(dataset, args.label_column, args.max_train_samples)
     add_prior(model, args, names)
@@ -89,8 +89,8 @@ def train(args: PriorArguments):
     test = None
     if args.validation_epochs and held_out is not None:
         split = pick_split(parts, held_out)
-        test = encode_images(model, processor, split, args, accelerator, args.max_eval_samples)[0]
-        test = test, read_labels(split, args.label_column, args.max_eval_samples)[0]
+        held_out_codes = encode_images(model, processor, split, args, accelerator, args.max_eval_samples)[0]
+        test = held_out_codes, read_labels(split, args.label_column, args.max_eval_samples)[0]
     if args.gradient_checkpointing:
         model.prior.gradient_checkpointing_enable()
     batches = num_batches(len(labels), args.train_batch_size, accelerator.num_processes)
@@ -216,7 +216,7 @@ def validate(args, run: Run, model: VQVAEModel, test, output: Path):
 def draw_samples(args, model: VQVAEModel) -> torch.Tensor:
     """60 pictures in 0…1; the classes in turn."""
     low, high = model.config.pixel_range
-    classes = list(range(min(10, model.prior.num_classes))) or None
+    classes = list(range(min(10, model.config.prior_classes or 0))) or None
     pictures = model.generate(60, classes, args.sample_temperature, guidance_scale=args.sample_guidance, seed=0)
     return (pictures.float().cpu() - low) / (high - low)
 
