@@ -14,11 +14,13 @@ from .configuration import (
     SparseAutoencoderConfig,
     VAEConfig,
 )
+from .configuration_discrete import VQVAE2Config, VQVAEConfig
 from .image_processing import AutoencoderImageProcessor
 from .modeling_autoencoder import AutoencoderModel
 from .modeling_compressive import CompressiveAutoencoderModel
 from .modeling_regularized import ContractiveAutoencoderModel, DenoisingAutoencoderModel, SparseAutoencoderModel
 from .modeling_vae import BetaVAEModel, VAEModel
+from .modeling_vqvae import VQVAE2Model, VQVAEModel
 
 __version__ = "0.1.0"
 
@@ -32,6 +34,8 @@ MODELS = {
         VAEModel,
         BetaVAEModel,
         CompressiveAutoencoderModel,
+        VQVAEModel,
+        VQVAE2Model,
     )
 }
 """model_type -> model class, of every image variant."""
@@ -58,4 +62,8 @@ __all__ = [
     "SparseAutoencoderModel",
     "VAEConfig",
     "VAEModel",
+    "VQVAE2Config",
+    "VQVAE2Model",
+    "VQVAEConfig",
+    "VQVAEModel",
 ]

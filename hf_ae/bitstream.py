@@ -28,7 +28,7 @@ import numpy as np
 
 MAGIC = b"\xaeh"
 VERSION = 1
-METHODS = ("hyperprior", "latents", "palette")
+METHODS = ("hyperprior", "latents", "palette", "indices")
 MODES = ("L", "RGB")
 MAX_PIXELS = 2**26
 """Larger pictures are refused before anything is allocated."""

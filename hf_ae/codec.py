@@ -19,13 +19,23 @@ from PIL import Image
 from transformers import AutoModel
 
 from .bitstream import FINGERPRINT_BYTES, MAX_PIXELS, CorruptFileError, File, pack, unpack
-from .codec_methods import read_hyperprior, read_latents, read_palette, write_hyperprior, write_latents, write_palette
+from .codec_methods import (
+    read_hyperprior,
+    read_indices,
+    read_latents,
+    read_palette,
+    write_hyperprior,
+    write_indices,
+    write_latents,
+    write_palette,
+)
 from .image_processing import open_image, to_mode
 from .modeling_compressive import CompressiveAutoencoderModel
+from .modeling_vqvae import VQVAEModel
 
 __all__ = ["CorruptFileError", "compress", "compress_batch", "decompress", "decompress_batch", "fingerprint"]
 
-ENCODER_ONLY = ("encoder.", "quant_conv.", "hyperprior.hyper_encoder.")
+ENCODER_ONLY = ("encoder.", "quant_conv.", "hyperprior.hyper_encoder.", "down.", "to_code.", "prior.")
 """Weights that decoding does not use."""
 
 
@@ -33,7 +43,8 @@ def compress(model, image, quality: float | None = None, palette: bool = False, 
     """One image (path, bytes, PIL image) -> the bytes of an `.hfae` file.
 
     quality: 0 (smallest files) to 1; default: what the model's configuration says, or 0.5 where it says nothing. For a model
-    that was not trained for compression it sets the precision of its latents: 2 bits a value at 0, 8 at 1. palette: 256 colours
+    that was not trained for compression it sets the precision of its latents: 2 bits a value at 0, 8 at 1; discrete codes are
+    written as they are, at one quality. palette: 256 colours
     with error diffusion instead (spatial latents). model_id: how `decompress` finds the model; default: where the model was loaded
     from; "" saves these bytes. Raises ValueError for pictures that the model cannot take, and for transparency.
     """
@@ -41,10 +52,11 @@ def compress(model, image, quality: float | None = None, palette: bool = False, 
     pixels = torch.from_numpy(np.array(picture if num_channels(model) == 1 else picture.convert("RGB")))
     pixels = pixels.view(1, *pixels.shape[:2], -1).permute(0, 3, 1, 2)
     with ready(model):
-        if isinstance(model, CompressiveAutoencoderModel):
+        own = method_of(model)
+        if own in ("hyperprior", "indices"):
             if palette:
                 raise ValueError("palette is for latents that no prior was trained for: leave it out for this model.")
-            method, body = "hyperprior", write_hyperprior(model, pixels, quality)
+            method, body = own, write_indices(model, pixels) if own == "indices" else write_hyperprior(model, pixels, quality)
         else:
             method, body = ("palette", write_palette(model, pixels)) if palette else ("latents", write_latents(model, pixels, quality))
         identity = fingerprint(model)
@@ -69,8 +81,8 @@ def decompress(data: bytes, model=None, max_pixels: int = MAX_PIXELS) -> Image.I
                 f"The file was made with another model ({file.model_id or 'unnamed'}): its fingerprint is {file.fingerprint.hex()}, "
                 f"that of this model {own.hex()}."
             )
-        read = {"hyperprior": read_hyperprior, "latents": read_latents, "palette": read_palette}[file.method]
-        if (file.method == "hyperprior") != isinstance(model, CompressiveAutoencoderModel):
+        read = {"hyperprior": read_hyperprior, "latents": read_latents, "palette": read_palette, "indices": read_indices}[file.method]
+        if method_of(model) != ("latents" if file.method == "palette" else file.method):
             raise CorruptFileError(f"The file's method {file.method!r} does not fit this model.")
         pixels = read(model, file)
     array = pixels[0, :, : file.height, : file.width].permute(1, 2, 0).numpy()
@@ -125,6 +137,13 @@ def prepare_picture(image, channels: int) -> Image.Image:
     if picture.width * picture.height > MAX_PIXELS:
         raise ValueError(f"A picture of {picture.width}×{picture.height} pixels is beyond the limit of {MAX_PIXELS:,} pixels.")
     return to_mode(picture, 1 if gray else 3)
+
+
+def method_of(model) -> str:
+    """How the codec writes this model's codes, where no palette is asked for."""
+    if isinstance(model, VQVAEModel):
+        return "indices"
+    return "hyperprior" if isinstance(model, CompressiveAutoencoderModel) else "latents"
 
 
 def num_channels(model) -> int:

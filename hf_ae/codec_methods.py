@@ -10,8 +10,8 @@ What follows the header of a file (see `bitstream`):
 - `palette`, likewise (spatial codes): 1 byte number of groups; mean and standard deviation of each; varint number of colours; the
   colours, each one byte a channel (steps of 1/32 standard deviation around the mean); a varint for each colour, how often it
   occurs; then the colour of each position. Made with k-means and error diffusion, as people did with Stable Diffusion's VAE in 2022.
-
-A method for indices of a codebook belongs here: `write_indices`, `read_indices`.
+- `indices`, of a VQVAEModel or VQVAE2Model: the indices of each level, the coarsest first, row by row, with tables of 1 + how often
+  the images of the training used each codeword (the model carries these counts; without them all codewords weigh the same).
 """
 
 from __future__ import annotations
@@ -160,11 +160,7 @@ def read_hyperprior(model, file: File) -> torch.Tensor:
 def encode_latents(model, pixels: torch.Tensor) -> torch.Tensor:
     """The deterministic latents of a picture (uint8), float32: (1, channels, height, width) or (1, values)."""
     stride = stride_of(model)
-    if not stride and list(pixels.shape[2:]) != model.config.image_hw:
-        height, width = model.config.image_hw
-        raise ValueError(
-            f"This model has a vector code and takes pictures of {height}×{width} pixels alone, not {tuple(pixels.shape[2:])}."
-        )
+    check_size(model, pixels.shape[2:], ValueError)
 
     def encode(values):
         encoded = model.encode(values)
@@ -295,3 +291,39 @@ def read_palette(model, file: File) -> torch.Tensor:
     chosen = SymbolDecoder(reader.rest()).decode(positions, 0, SymbolTables([counts], [0]))
     values = (torch.from_numpy(colours[chosen].T.astype(np.float32)) - 128) / 32 * std[:, None] + mean[:, None]
     return decode_tiles(model, values.reshape(1, *shape).to(model.device))
+
+
+# Indices of a codebook
+
+
+def index_tables(model) -> SymbolTables:
+    """One table for each level of codes."""
+    weights = [quantizer.frequencies.cpu().numpy() + 1 for quantizer in model.quantizers]
+    return SymbolTables(weights, [0] * len(weights))
+
+
+def write_indices(model, pixels: torch.Tensor) -> bytes:
+    """The indices of a picture (uint8). Only the encoder works on tiles, so that codewords are chosen once."""
+    check_size(model, pixels.shape[2:], ValueError)
+    code = encode_tiles(lambda values: model.encoder(values)[0].float(), model, pad_to(pixels, max(stride_of(model), 1)))
+    coder, tables = SymbolEncoder(), index_tables(model)
+    for level, indices in enumerate(model.levels_of(model.bottleneck(code.to(model.dtype)).indices)):
+        coder.encode(indices.flatten().cpu().numpy().astype(np.int32), level, tables)
+    return coder.finish()
+
+
+def read_indices(model, file: File) -> torch.Tensor:
+    """The picture (uint8) of what `write_indices` wrote."""
+    check_size(model, (file.height, file.width), CorruptFileError)
+    decoder, tables, levels = SymbolDecoder(file.body), index_tables(model), []
+    for level, shape in enumerate(model.config.level_shapes(file.height, file.width)):
+        symbols = decoder.decode(int(np.prod(shape)), level, tables)
+        levels.append(torch.from_numpy(symbols).long().view(1, *shape).to(model.device))
+    return decode_tiles(model, model.indices_to_latents(model.from_levels(levels)))
+
+
+def check_size(model, size, error: type[ValueError]):
+    """Raise `error` where a model with a vector code does not take pictures of this height and width."""
+    height, width = model.config.image_hw
+    if not stride_of(model) and list(size) != [height, width]:
+        raise error(f"This model has a vector code and takes pictures of {height}×{width} pixels alone, not {tuple(size)}.")

@@ -25,6 +25,7 @@ from .hub import read_json, write_card
 from .image_processing import open_image, to_mode
 from .metrics import importance_weighted_bound, pca_reconstruction, reconstruction_metrics
 from .plots import labelled_rows, latent_plane
+from .quantizers import usage_and_perplexity
 
 TASKS = ("reconstruction", "likelihood", "compression")
 QUALITIES = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -132,6 +133,8 @@ def evaluate(model, dataset_name: str, save: bool = True, **options) -> dict:
         add_pca(request, parts, column, processor, images, metrics, rows)
         if hasattr(loaded.config, "corruption"):
             rows = {"original": images[:12], **denoised(loaded, images, metrics)}
+    if "reconstruction" in tasks and hasattr(loaded, "quantizers"):
+        metrics["codes"] = use_of_codes(loaded, pixels)
     if "likelihood" in tasks:
         metrics["likelihood"] = likelihood(loaded, pixels, request.samples)
     if "compression" in tasks:
@@ -209,6 +212,21 @@ def likelihood(model, pixels: torch.Tensor, samples: int) -> dict:
         "log_likelihood_bound": bound.mean().item(),
         "samples": samples,
         "images": len(pixels),
+    }
+
+
+@torch.no_grad()
+def use_of_codes(model, pixels: torch.Tensor) -> dict:
+    """Of each level of discrete codes, the coarsest first: how many an image has, usage (the share of the codewords that occur)
+    and perplexity."""
+    parts = (to_pixel_values(part, model.device, model.config.pixel_range) for part in pixels.split(batch_for(pixels[0].numel())))
+    levels = [torch.cat(level) for level in zip(*(model.levels_of(model.encode(part).indices) for part in parts))]
+    return {
+        f"level_{number}": {
+            "codes": level[0].numel(),
+            **{name: value.item() for name, value in usage_and_perplexity(level, model.config.codebook_size).items()},
+        }
+        for number, level in enumerate(levels, 1)
     }
 
 

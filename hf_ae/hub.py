@@ -39,6 +39,8 @@ TITLES = {
     "hf_ae_vae": "A variational autoencoder",
     "hf_ae_beta_vae": "A β-VAE",
     "hf_ae_compressive": "A compressive autoencoder",
+    "hf_ae_vqvae": "A VQ-VAE",
+    "hf_ae_vqvae2": "A VQ-VAE-2",
 }
 
 
@@ -66,6 +68,7 @@ def write_card(folder) -> Path:
         front = dict(license="apache-2.0", library_name="transformers", tags=tags)
         front |= dict(model_name=name, eval_results=eval_results(metrics)) if metrics else {}
         sections = [summary(config, dataset), *picture_section(folder), use_section(name)]
+        sections += [generate_section()] if config.get("prior_layers") else []
         sections += [codec_section(name, metrics)] if config.get("model_type") == "hf_ae_compressive" else []
         sections += [results_section(metrics)] if metrics else []
     if license := front_matter(old).get("license"):
@@ -74,6 +77,9 @@ def write_card(folder) -> Path:
         front["datasets"] = [dataset]
     if recipe:
         sections.append(training_section(recipe, "train_latent_diffusion" if is_pipeline else "train"))
+    if (folder / "recipe-prior.yaml").is_file():
+        recipe = yaml.safe_load((folder / "recipe-prior.yaml").read_text())
+        sections.append(training_section(recipe, "train_prior", "## Training of the prior", "recipe-prior.yaml"))
     if notes:
         sections.append(notes.group(0).strip())
     path = folder / "README.md"
@@ -110,7 +116,7 @@ def summary(config: dict, dataset: str | None) -> str:
 def picture_section(folder: Path) -> list[str]:
     captions = {
         "reconstructions.png": "Held-out images and what becomes of them",
-        "samples.png": "Pictures drawn from prompts",
+        "samples.png": "Pictures drawn from prompts" if (folder / "model_index.json").is_file() else "Pictures that the model generates",
         "rate_distortion.png": "Kodak's photos: quality against the size of the file",
         "roundtrip.png": "A picture through a file and back, beside other formats at that size",
         "latent_plane.png": "The latent plane: codes of held-out images, and what the decoder draws all over it",
@@ -131,6 +137,14 @@ processor = AutoImageProcessor.from_pretrained(repo)
 inputs = processor("image.png", return_tensors="pt")
 encoded = model.encode(**inputs)  # .latents
 reconstruction = processor.postprocess(model(**inputs).reconstruction)[0]  # a PIL image
+```"""
+
+
+def generate_section() -> str:
+    return """New pictures, of codes that the model's prior draws:
+
+```python
+pictures = processor.postprocess(model.generate(16, seed=0))  # labels=[…] asks for classes, by number or name
 ```"""
 
 
@@ -191,6 +205,9 @@ def results_section(metrics: dict) -> str:
             f"\n\nLog-likelihood under {bound['model']}: evidence lower bound {bound['elbo']:.2f} nats, importance-weighted bound "
             f"{bound['log_likelihood_bound']:.2f} nats ({bound['samples']:,} samples, {bound['images']:,} images)."
         )
+    for name, level in metrics.get("codes", {}).items():
+        text += f"\n\nCodes, {name.replace('_', ' ')}: {level['codes']} an image, {level['usage']:.1%} of the codewords in use, "
+        text += f"perplexity {level['perplexity']:.1f}."
     if "compression" in metrics:
         text += f"\n\nWhole files of {metrics['compression']['images']:,} pictures at their own size, means:\n\n"
         text += "| quality | bytes | bits per pixel | PSNR (dB) |\n| ---: | ---: | ---: | ---: |\n"
@@ -256,12 +273,8 @@ def figures_section(metrics: dict) -> str:
     return text + (f"\n\nPrinted by\n\n```\n{metrics['command']}\n```" if "command" in metrics else "")
 
 
-def training_section(recipe: dict, script: str) -> str:
-    return (
-        f"## Training\n\n```\naccelerate launch -m hf_ae.{script} recipe.yaml\n```\n\n```yaml\n"
-        + yaml.safe_dump(recipe, sort_keys=False)
-        + "```"
-    )
+def training_section(recipe: dict, script: str, title: str = "## Training", file: str = "recipe.yaml") -> str:
+    return f"{title}\n\n```\naccelerate launch -m hf_ae.{script} {file}\n```\n\n```yaml\n" + yaml.safe_dump(recipe, sort_keys=False) + "```"
 
 
 def eval_results(metrics: dict) -> list[EvalResult]:

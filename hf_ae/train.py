@@ -25,6 +25,7 @@ from hf_ae.arguments import (
     parse_overrides,
     write_recipe,
 )
+from hf_ae.collapse import Watch
 from hf_ae.data import (
     ImagesInMemory,
     ImageStream,
@@ -101,8 +102,13 @@ def loop(args, run: Run, images, held_out, output: Path):
     changes = dict(flip=args.random_flip, symmetry=args.random_symmetry, colors=args.random_colors)
     changes |= dict(shift=args.random_shift, binarize=args.binarize)
 
+    watch = Watch(run.bare_model, run.accelerator.print)
+
     def forward(pixels):
-        return run.model(to_pixel_values(pixels, device, pixel_range, **changes))
+        output = run.model(to_pixel_values(pixels, device, pixel_range, **changes))
+        if run.progress.step % args.logging_steps == 0:
+            watch(output.losses, run.progress.step)
+        return output
 
     def measure():
         validate(args, run, held_out, output)
@@ -182,8 +188,8 @@ def validate(args, run: Run, pixels: torch.Tensor, output: Path):
         for batch in pixels.split(batch_for(pixels[0].numel())):
             values = to_pixel_values(batch, accelerator.device, model.config.pixel_range)
             with accelerator.autocast():
-                losses = model(values).losses
-            for name, term in losses.items():
+                result = model(values)
+            for name, term in {**result.losses, **(result.measures or {})}.items():
                 totals[name] = totals.get(name, 0.0) + float(term) * len(batch) / len(pixels)
         picture = draw_samples(model, to_pixel_values(pixels[:12], accelerator.device, model.config.pixel_range))
     model.train()
@@ -209,6 +215,14 @@ def draw_samples(model, values: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 @torch.no_grad()
+def count_codes(model, images, device, most: int = 10_000):
+    """How often up to `most` training images use each codeword: the frequencies that the codec codes indices with."""
+    size = min(64, most)
+    for pixels in itertools.islice(images.batches(size, epoch=0), most // size):
+        model.count_indices(model.eval().encode(to_pixel_values(pixels, device, model.config.pixel_range)).indices)
+
+
+@torch.no_grad()
 def latent_scale(model, images, most: int = 1024) -> float:
     """1 / standard deviation of the latents of up to `most` training images: a VAE's `scaling_factor`."""
     batches, latents = images.batches(min(64, most), epoch=0), []
@@ -229,6 +243,8 @@ def finish(args, run: Run, processor, output: Path, images):
             (output / measured).unlink(missing_ok=True)
         if hasattr(model.config, "kl_weight") and model.config.latent_channels is not None:
             model.config.scaling_factor = latent_scale(model, images)
+        if hasattr(model, "count_indices"):
+            count_codes(model, images, accelerator.device)
         save_model(model, output, args.save_dtype)
         processor.save_pretrained(output)
         write_recipe(args, output / "recipe.yaml")

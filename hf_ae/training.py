@@ -107,12 +107,13 @@ class KernelMuon(torch.optim.Muon):
 
 
 def make_optimizers(model, args: TrainingArguments) -> list[torch.optim.Optimizer]:
-    """AdamW, or Muon for the weights of layers (not embeddings) with AdamW for everything else."""
+    """AdamW, or Muon for the weights of layers (not embeddings and codebooks) with AdamW for everything else."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     fused = parameters[0].device.type in ("cpu", "cuda")
     if args.optimizer == "adamw":
         return [torch.optim.AdamW(parameters, args.learning_rate, weight_decay=args.weight_decay, fused=fused)]
     tables = {m.weight for m in model.modules() if isinstance(m, torch.nn.Embedding)}
+    tables |= {p for name, p in model.named_parameters() if name.endswith("codebook")}
     matrices = [p for p in parameters if p.ndim >= 2 and p not in tables]
     rest = [p for p in parameters if p.ndim < 2 or p in tables]
     muon = KernelMuon(matrices, args.learning_rate, args.weight_decay)
@@ -210,6 +211,7 @@ def report(args, run: Run, bar, output):
     """Loss terms to the progress bar and the tracker."""
     terms = {name: float(term.detach()) for name, term in output.losses.items()}
     bar.set_postfix(loss=f"{float(output.loss.detach()):.4g}", refresh=False)
+    terms |= {name: float(value) for name, value in (getattr(output, "measures", None) or {}).items()}
     if args.report_to != "none":
         terms = {f"train/{name}": value for name, value in terms.items()}
         rate = run.schedulers[0].get_last_lr()[0]
@@ -425,9 +427,14 @@ _NOT_COMPARED = {"transformers_version", "architectures", "auto_map", "dtype", "
 
 
 def save_model(model, folder: Path, dtype: str = "float32"):
-    """`save_pretrained`, with floating-point weights stored as `dtype`; config.json says float32, so they load as that."""
+    """`save_pretrained`, with floating-point weights stored as `dtype`; config.json says float32, so they load as that.
+
+    What the model keeps in float32, such as a codebook, is stored as float32.
+    """
     model.save_pretrained(folder)
     if dtype != "float32":
-        path = folder / "model.safetensors"
-        stored = {k: v.to(getattr(torch, dtype)) if v.is_floating_point() else v for k, v in load_file(path).items()}
+        path, exact = folder / "model.safetensors", set(model._keep_in_fp32_modules_strict or ())
+        stored = load_file(path)
+        rounded = [name for name, value in stored.items() if value.is_floating_point() and not exact & set(name.split("."))]
+        stored |= {name: stored[name].to(getattr(torch, dtype)) for name in rounded}
         save_file(stored, path, metadata={"format": "pt"})

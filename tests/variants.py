@@ -24,6 +24,12 @@ VARIANTS = {
     "beta-vae-tc": ("hf_ae_beta_vae", dict(hidden_sizes=[16], latent_dim=5, objective="total_correlation", dataset_size=100)),
     "compressive": ("hf_ae_compressive", dict(image_size=16, num_channels=1, hidden_sizes=[8, 8], patch_size=2, num_res_blocks=1,
                                               latent_channels=12, hyper_channels=[8, 4])),
+    "vqvae-ema": ("hf_ae_vqvae", dict(SMALL_CONV, latent_channels=3, codebook_size=16)),
+    "vqvae-gradient": ("hf_ae_vqvae", dict(hidden_sizes=[24], latent_dim=12, num_codes=4, quantizer="gradient", codebook_size=8)),
+    "vqvae-cosine": ("hf_ae_vqvae", dict(network="resnet", image_size=16, hidden_sizes=[8, 16], codebook_size=16, code_distance="cosine")),
+    "vqvae-fsq": ("hf_ae_vqvae", dict(SMALL_CONV, quantizer="fsq", fsq_levels=[5, 4, 3])),
+    "vqvae2": ("hf_ae_vqvae2", dict(image_size=[12, 20], hidden_sizes=[8, 8], latent_channels=8, codebook_size=16)),
+    "vqvae2-three-levels": ("hf_ae_vqvae2", dict(SMALL_CONV, num_levels=3, latent_channels=9, codebook_size=8, quantizer="gradient")),
 }  # fmt: skip
 
 

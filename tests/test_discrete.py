@@ -1,0 +1,487 @@
+"""Discrete codes: quantizers against hand-computed references, the prior, files of indices, and the warning of a collapse."""
+
+import itertools
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import SAMPLE
+from safetensors.torch import load_file
+from test_codec import picture
+from torch.nn import functional as F
+from transformers import AutoModel
+from variants import VARIANTS, make, pixels
+
+import hf_ae
+from hf_ae.codec import CorruptFileError, compress, decompress, unpack
+from hf_ae.collapse import Watch, collapse_warnings
+from hf_ae.quantizers import k_means, make_quantizer, usage_and_perplexity
+from hf_ae.train import train
+from hf_ae.train_prior import PriorArguments
+from hf_ae.train_prior import train as train_prior
+
+DISCRETE = pytest.mark.parametrize("name", [name for name in VARIANTS if name.startswith("vq")])
+
+
+def quantizer(**fields):
+    torch.manual_seed(0)
+    made = make_quantizer(hf_ae.VQVAEConfig(**{**dict(latent_dim=3, codebook_size=8, kmeans_rounds=0), **fields}))
+    made.reset_parameters()
+    return made.train()
+
+
+def code(batch=6, values=3, positions=5, seed=1):
+    return torch.randn(batch, values, positions, generator=torch.Generator().manual_seed(seed))
+
+
+# Vector quantization
+
+
+def test_moving_averages_are_those_of_van_den_oord_et_al():
+    """Appendix A.1, with N and m kept apart."""
+    vq, decay = quantizer(ema_decay=0.9), 0.9
+    size, total = torch.ones(8, dtype=torch.float64), vq.codebook.double().clone()
+    for step in range(20):
+        z = code(seed=step)
+        chosen = vq(z).indices.flatten()
+        flat = z.mT.reshape(-1, 3).double()
+        for k in range(8):
+            size[k] = decay * size[k] + (1 - decay) * (chosen == k).sum()
+            total[k] = decay * total[k] + (1 - decay) * flat[chosen == k].sum(0)
+        torch.testing.assert_close(vq.codebook.double(), total / size[:, None], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(vq.cluster_sizes.double(), size, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("distance", ["euclidean", "cosine"])
+def test_each_vector_gets_its_nearest_codeword(distance):
+    vq = quantizer(code_distance=distance).eval()
+    z = code()
+    flat, words = z.mT.reshape(-1, 3), vq.codebook
+    if distance == "cosine":
+        expected = F.cosine_similarity(flat[:, None], words[None], dim=-1).argmax(1)
+        words = words / words.norm(dim=1, keepdim=True)
+    else:
+        expected = torch.cdist(flat, words).argmin(1)
+    found = vq(z)
+    assert torch.equal(found.indices.flatten(), expected)
+    torch.testing.assert_close(found.latents, words[expected].view(6, 5, 3).mT)
+
+
+def test_commitment_moves_the_encoder_alone_and_the_codebook_term_the_codebook_alone():
+    vq, z = quantizer(quantizer="gradient"), code().requires_grad_()
+    found = vq(z)
+    words = vq.codebook[found.indices].mT
+    pull, push = (torch.autograd.grad(found.terms["commitment"], x, retain_graph=True, allow_unused=True)[0] for x in (z, vq.codebook))
+    assert push is None
+    torch.testing.assert_close(pull, 2 * (z - words) / 6)
+    pull, push = (torch.autograd.grad(found.terms["codebook"], x, retain_graph=True, allow_unused=True)[0] for x in (z, vq.codebook))
+    assert pull is None
+    expected = torch.zeros(8, 3).index_add_(0, found.indices.flatten(), (2 * (words - z) / 6).mT.reshape(-1, 3))
+    torch.testing.assert_close(push, expected.detach())
+    torch.testing.assert_close(found.terms["commitment"], (z - words).square().sum((1, 2)).mean())
+    straight = torch.randn(found.latents.shape)
+    torch.testing.assert_close(torch.autograd.grad((found.latents * straight).sum(), z)[0], straight)
+
+
+def test_beta_weighs_the_commitment():
+    losses = {}
+    for beta in (0.25, 1.0):
+        model = hf_ae.VQVAEModel(hf_ae.VQVAEConfig(latent_dim=6, num_codes=2, quantizer="gradient", commitment_weight=beta)).eval()
+        model.load_state_dict(losses.get("weights", model.state_dict()))
+        losses["weights"], losses[beta] = model.state_dict(), model(pixels(model)).losses
+    torch.testing.assert_close(losses[1.0]["commitment"], 4 * losses[0.25]["commitment"])
+    torch.testing.assert_close(losses[1.0]["codebook"], losses[0.25]["codebook"])
+    torch.testing.assert_close(losses[1.0]["codebook"], losses[1.0]["commitment"])
+
+
+@pytest.mark.parametrize("kind", ["ema", "gradient"])
+def test_dead_codewords_move_to_vectors_of_the_batch(kind):
+    vq = quantizer(quantizer=kind, revive_after=3)
+    with torch.no_grad():
+        vq.codebook[2:] += 100
+    for step in range(3):
+        vq(code(seed=step))
+    assert vq.idle.tolist() == [0, 0] + [3] * 6 and bool((vq.codebook[2:] > 50).all())
+    z = code(seed=9)
+    points = z.mT.reshape(-1, 3)
+    vq.place(z.mT)
+    assert all(bool((points == word).all(1).any()) for word in vq.codebook[2:]) and len({tuple(w) for w in vq.codebook.tolist()}) == 8
+    vq.eval()(z)
+    assert int(vq.passes) == 3, "evaluation learns nothing"
+    never = quantizer(revive_after=0)
+    never.codebook[2:] += 100
+    for step in range(10):
+        never(code(seed=step))
+    assert bool((never.codebook[2:] > 50).all())
+
+
+def test_kmeans_places_the_codewords_on_the_first_batch():
+    centres = torch.tensor([[5.0, 0, 0], [0, 5, 0], [0, 0, 5], [-5, -5, 0]])
+    which = torch.randint(4, (40, 10), generator=torch.Generator().manual_seed(2))
+    z = (centres[which] + 0.01 * torch.randn(40, 10, 3, generator=torch.Generator().manual_seed(3))).mT
+    vq = quantizer(codebook_size=4, kmeans_rounds=10, ema_decay=0.99)
+    found = vq(z)
+    assert found.terms["commitment"] < 40 and int(vq.passes) == 1
+    from sklearn.cluster import KMeans
+
+    points = torch.randn(500, 3, generator=torch.Generator().manual_seed(4))
+    start = points[torch.randperm(500, generator=torch.Generator().manual_seed(0))][:6]
+    reference = KMeans(6, init=start.numpy(), n_init=1, max_iter=200, tol=0).fit(points.numpy())
+    torch.testing.assert_close(k_means(points, 6, 200), torch.from_numpy(reference.cluster_centers_), rtol=1e-3, atol=1e-3)
+    assert k_means(points[:2], 5, 3).shape == (5, 3)
+
+
+def test_usage_and_perplexity_are_their_definitions():
+    values = usage_and_perplexity(torch.tensor([[0, 0], [1, 3]]), 8)
+    assert values["usage"] == 3 / 8
+    assert values["perplexity"].item() == pytest.approx(np.exp(-(0.5 * np.log(0.5) + 2 * 0.25 * np.log(0.25))))
+    assert usage_and_perplexity(torch.arange(8), 8)["perplexity"].item() == pytest.approx(8)
+    model = make("vqvae2")
+    output = model(pixels(model))
+    assert set(output.measures) == {"usage_1", "perplexity_1", "usage_2", "perplexity_2"} and not set(output.measures) & set(output.losses)
+
+
+# Finite scalar quantization
+
+
+def test_fsq_indices_and_codewords_are_a_bijection():
+    fsq = quantizer(quantizer="fsq", latent_dim=None, codebook_size=None, fsq_levels=[5, 4, 3, 2])
+    indices = torch.arange(120)
+    words = fsq.words(indices)
+    assert len({tuple(w) for w in words.tolist()}) == 120 and words.min() == -1 and words.max() == 1
+    for i in range(4):
+        assert len(words[:, i].unique()) == [5, 4, 3, 2][i]
+    steps, half = torch.tensor([1, 5, 20, 60]), torch.tensor([2, 2, 1, 1])
+    assert torch.equal(((words * half + half).long() * steps).sum(1), indices)
+
+
+def test_fsq_rounds_as_mentzer_et_al_do():
+    """Their appendix A.1 with the inverse of tanh, number by number."""
+    fsq, z = quantizer(quantizer="fsq", latent_dim=None, codebook_size=None, fsq_levels=[8, 5, 3]), code().requires_grad_()
+    found = fsq(z)
+    for value, levels, column in zip(z.detach().unbind(1), [8, 5, 3], found.latents.unbind(1)):
+        half = (levels - 1) * 1.001 / 2
+        offset = 0.5 if levels % 2 == 0 else 0.0
+        bounded = torch.tanh(value + np.arctanh(offset / half)) * half - offset
+        torch.testing.assert_close(column, bounded.round() / (levels // 2))
+    torch.testing.assert_close(fsq.lookup(found.indices), found.latents, rtol=0, atol=0)
+    (gradient,) = torch.autograd.grad(found.latents.sum(), z)
+    assert bool((gradient > 0).all()) and not found.terms
+
+
+# Models
+
+
+@DISCRETE
+def test_indices_lead_back_to_the_latents_exactly(name):
+    model = make(name)
+    model(pixels(model))
+    model.eval()
+    encoded = model.encode(pixels(model, seed=2))
+    assert torch.equal(model.indices_to_latents(encoded.indices), encoded.latents)
+    shapes = [list(level.shape[1:]) for level in model.levels_of(encoded.indices)]
+    assert shapes == model.config.level_shapes() and shapes == sorted(shapes)
+    assert torch.equal(model.train()(pixels(model, seed=2)).indices[0], encoded.indices[0])
+
+
+@DISCRETE
+def test_codebooks_stay_float32_whatever_the_model_is_cast_to(name, tmp_path):
+    from hf_ae.training import save_model
+
+    model = make(name)
+    model(pixels(model)).loss.backward()
+    state = {k: v.clone() for k, v in model.quantizers.state_dict().items()}
+    save_model(model, tmp_path, "bfloat16")
+    half = AutoModel.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    for cast in (half, model.to(torch.bfloat16), model.half()):
+        assert cast.dtype != torch.float32
+        assert all(torch.equal(v, state[k]) and v.dtype == state[k].dtype for k, v in cast.quantizers.state_dict().items())
+    half.train()(pixels(half)).loss.backward()
+    assert all(v.dtype == state[k].dtype for k, v in half.quantizers.state_dict().items())
+    with torch.autocast("cpu", torch.bfloat16):
+        make(name).train()(pixels(half)).loss.backward()
+
+
+def test_coarse_codes_condition_the_fine_ones():
+    """Changing the coarse codewords changes fine codes; the coarse codes do not see fine codewords."""
+    model = make("vqvae2")
+    x = pixels(model)
+    for _ in range(3):
+        model(x)
+    model.eval()
+    before = model.encode(x).indices
+    with torch.no_grad():
+        model.quantizers[1].codebook.neg_()
+    assert torch.equal(model.encode(x).indices[0], before[0])
+    with torch.no_grad():
+        model.quantizers[1].codebook.neg_()
+        model.quantizers[0].codebook.mul_(-3)
+    assert not torch.equal(model.encode(x).indices[1], before[1])
+
+
+def test_configurations_that_contradict_themselves_say_what_to_write():
+    cases = [
+        (dict(latent_dim=10, num_codes=3), "num_codes=3"),
+        (dict(network="conv", hidden_sizes=[4], latent_channels=4, num_codes=2), "num_codes"),
+        (dict(fsq_levels=[4, 4]), "quantizer='fsq'"),
+        (dict(quantizer="fsq", latent_dim=7), "leave out latent_dim"),
+        (dict(quantizer="fsq", codebook_size=3), "leave it out"),
+        (dict(codebook_size=1), "codebook_size=1"),
+        (dict(prior_heads=2), "prior_layers"),
+        (dict(prior_layers=1, prior_hidden_size=10, prior_heads=3), "prior_heads"),
+        (dict(network="conv", hidden_sizes=[4], downsample="maxpool", upsample="unpool"), "unpool"),
+    ]
+    for fields, words in cases:
+        with pytest.raises(ValueError, match=words):
+            hf_ae.VQVAEConfig(**fields)
+    with pytest.raises(ValueError, match="latent_channels"):
+        hf_ae.VQVAE2Config(latent_dim=8)
+    with pytest.raises(ValueError, match="num_levels"):
+        hf_ae.VQVAE2Config(latent_channels=9, num_levels=2)
+    assert hf_ae.VQVAEConfig(quantizer="fsq", network="conv", hidden_sizes=[4]).code_shape[0] == 4
+    assert hf_ae.VQVAE2Config(image_size=28, hidden_sizes=[8], patch_size=4).level_shapes() == [[4, 4], [7, 7]]
+
+
+# Training
+
+
+@pytest.mark.parametrize("fields", [dict(), dict(quantizer="gradient", code_distance="cosine")])
+def test_resumed_training_gives_bitwise_the_weights_and_codebooks(fields, train_args, tmp_path):
+    overrides = {"network": "conv", "hidden_sizes": [4, 8], "latent_channels": 4, "codebook_size": 32, "revive_after": 2, **fields}
+    common = dict(model_type="hf_ae_vqvae", config_overrides=overrides, mixed_precision="bf16", optimizer="muon", lr_scheduler="constant")
+    train(train_args(**common, max_train_steps=12, output_dir=str(tmp_path / "whole")))
+    train(train_args(**common, max_train_steps=5, checkpointing_steps=5, output_dir=str(tmp_path / "cut")))
+    (tmp_path / "cut" / "model.safetensors").unlink()
+    train(train_args(**common, max_train_steps=12, output_dir=str(tmp_path / "cut"), resume_from_checkpoint="latest"))
+    whole, cut = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "cut"))
+    assert all(torch.equal(whole[k], cut[k]) for k in whole) and any(k.endswith("codebook") for k in whole)
+    assert int(whole["quantizers.0.frequencies"].sum()) == 200 // 64 * 64 * 49
+
+
+def test_two_processes_keep_equal_codebooks_that_one_with_twice_the_batch_has_too(tmp_path):
+    child = """
+import sys, torch
+from accelerate import Accelerator
+import hf_ae
+accelerator = Accelerator(cpu=True)
+rank, processes = accelerator.process_index, accelerator.num_processes
+for kind in ("ema", "gradient"):
+    torch.manual_seed(0)
+    fields = dict(image_size=8, hidden_sizes=[8], latent_dim=12, num_codes=4, codebook_size=24, revive_after=2, quantizer=kind)
+    model = accelerator.prepare(hf_ae.VQVAEModel(hf_ae.VQVAEConfig(**fields)))
+    for step in range(6):
+        x = torch.rand(16, 1, 8, 8, generator=torch.Generator().manual_seed(step))[rank::processes]
+        loss = model(x).loss
+        accelerator.backward(loss)
+    bare = accelerator.unwrap_model(model)
+    state = {k: v for k, v in bare.quantizers.state_dict().items()}
+    state |= {"grad." + n: p.grad for n, p in bare.named_parameters()}
+    torch.save(state, f"{sys.argv[1]}/{kind}-{processes}-{rank}.pt")
+accelerator.wait_for_everyone()
+accelerator.end_training()
+"""
+    (tmp_path / "child.py").write_text(child)
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    for start in ([], ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]):
+        done = subprocess.run([sys.executable, *start, tmp_path / "child.py", tmp_path], env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+    for kind in ("ema", "gradient"):
+        one, first, second = (torch.load(tmp_path / f"{kind}-{n}.pt", weights_only=True) for n in ("1-0", "2-0", "2-1"))
+        assert all(torch.equal(first[k], second[k]) for k in first)
+        for k in one:
+            torch.testing.assert_close(first[k], one[k], rtol=1e-4, atol=1e-5)
+
+
+def test_collapse_is_said_once_with_the_term_and_the_field():
+    model, said = make("vqvae2"), []
+    watch = Watch(model, said.append)
+    watch({}, 50)
+    model.quantizers[1].idle[1:] = 300
+    watch({}, 250)
+    watch({}, 300)
+    assert len(said) == 1 and "usage_2" in said[0] and "1 of 16" in said[0] and "codebook_size" in said[0] and "step 250" in said[0]
+    assert not collapse_warnings(make("vae-mlp"), {})
+
+
+# The prior
+
+
+def tiny(classes=2, **fields):
+    torch.manual_seed(0)
+    fields = {**dict(image_size=8, hidden_sizes=[4], patch_size=4, latent_channels=4, codebook_size=3), **fields}
+    prior = dict(prior_layers=2, prior_hidden_size=16, prior_heads=2, prior_classes=classes)
+    model = hf_ae.VQVAE2Model(hf_ae.VQVAE2Config(**fields, **prior)).eval()
+    with torch.no_grad():
+        for parameter in model.prior.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.3)
+    return model
+
+
+def test_probabilities_of_all_codes_add_up_to_one():
+    prior = tiny().prior
+    rows = torch.tensor(list(itertools.product(range(3), repeat=5)))
+    assert prior.lengths == [1, 4]
+    for labels in (None, torch.ones(1, dtype=torch.int64)):
+        each = torch.cat([prior(row[None], labels).loss[None] for row in rows])
+        assert (-each.detach()).exp().sum().item() == pytest.approx(1, abs=1e-4)
+
+
+def test_samples_follow_the_probabilities():
+    """Frequencies of the first two codes in 4,000 samples, against the exact probabilities."""
+    prior = tiny().prior
+    drawn = prior.sample(4000, torch.ones(4000, dtype=torch.int64), generator=torch.Generator().manual_seed(0))
+    rows = torch.tensor(list(itertools.product(range(3), repeat=5)))
+    exact = torch.zeros(9)
+    with torch.no_grad():
+        probabilities = torch.cat([-prior(row[None], torch.ones(1, dtype=torch.int64)).loss[None] for row in rows]).exp()
+    exact.index_add_(0, rows[:, 0] * 3 + rows[:, 1], probabilities)
+    found = torch.bincount(drawn[:, 0] * 3 + drawn[:, 1], minlength=9) / 4000
+    torch.testing.assert_close(found, exact, rtol=0, atol=0.03)
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.7, "top_k": 2}, {"guidance_scale": 3.0}])
+def test_sampling_with_kept_keys_and_values_is_sampling_without(options):
+    prior, labels = tiny(image_size=[16, 12]).prior, torch.tensor([0, 1, 1])
+    with_cache, without = (
+        prior.sample(3, labels, **options, use_cache=use, generator=torch.Generator().manual_seed(0)) for use in (True, False)
+    )
+    assert torch.equal(with_cache, without) and with_cache.shape == (3, 4 + 12)
+
+
+def test_rows_hold_the_coarse_level_first_and_come_back():
+    model = tiny(image_size=[16, 12])
+    indices = model.encode(pixels(model)).indices
+    row = model.prior.to_row(list(indices))
+    assert torch.equal(row[:, :4], indices[0].flatten(1))
+    assert all(torch.equal(a, b) for a, b in zip(model.prior.to_levels(row), indices))
+
+
+def test_generate_takes_names_and_seeds_and_refuses_what_it_cannot_draw(tmp_path):
+    model = tiny()
+    model.config.id2label = {0: "shirt", 1: "Sneaker"}
+    pictures = model.generate(5, labels=["sneaker", 0], seed=3, temperature=0.8, top_k=2, guidance_scale=2.0)
+    assert pictures.shape == (5, 1, 8, 8) and torch.equal(
+        pictures, model.generate(5, [1, 0], 0.8, 2, 2.0, generator=torch.Generator().manual_seed(3))
+    )
+    assert model.generate(labels=[0, 1, 1]).shape[0] == 3 and model.generate().shape[0] == 1
+    for bad, words in (({"labels": [2]}, "Sneaker"), ({"labels": "boot"}, "boot"), ({"temperature": 0}, "temperature"), ({"n": 0}, "n=0")):
+        with pytest.raises(ValueError, match=words):
+            model.generate(**bad)
+    with pytest.raises(ValueError, match="no classes"):
+        tiny(classes=0).generate(2, labels=[0])
+    with pytest.raises(ValueError, match=r"hf_ae.train_prior"):
+        make("vqvae-ema").generate(2)
+
+
+def test_model_with_its_prior_reloads_also_as_remote_code_and_in_bf16(tmp_path):
+    model = tiny()
+    model.save_pretrained(tmp_path / "m")
+    torch.save(model.generate(3, [0, 1], seed=0), tmp_path / "y.pt")
+    assert torch.equal(AutoModel.from_pretrained(tmp_path / "m").generate(3, [0, 1], seed=0), model.generate(3, [0, 1], seed=0))
+    assert AutoModel.from_pretrained(tmp_path / "m", dtype=torch.bfloat16).generate(3, [0, 1], seed=0).isfinite().all()
+    child = """
+import sys, torch
+sys.modules["hf_ae"] = None
+from transformers import AutoModel
+model = AutoModel.from_pretrained(sys.argv[1] + "/m", trust_remote_code=True)
+assert torch.equal(model.generate(3, [0, 1], seed=0), torch.load(sys.argv[1] + "/y.pt", weights_only=True))
+"""
+    env = {**os.environ, "HF_HOME": str(tmp_path / "home")}
+    done = subprocess.run([sys.executable, "-c", child, str(tmp_path)], capture_output=True, text=True, env=env, cwd="/")
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_prior_trains_resumes_bitwise_and_learns_the_classes(train_args, tmp_path, capsys):
+    """Through the scripts: a VQ-VAE-2, then its prior, cut off and resumed; the AE's weights stay as they are."""
+    fields = "hidden_sizes=[8],patch_size=4,latent_channels=8,codebook_size=16"
+    train(train_args(model_type="hf_ae_vqvae2", config_overrides=fields, max_train_steps=10, save_dtype="float16"))
+
+    def prior_args(folder, **values):
+        defaults = dict(model=str(tmp_path / "run"), dataset_name=str(SAMPLE), output_dir=str(tmp_path / folder), max_train_samples=200,
+                        max_eval_samples=20, train_batch_size=20, max_train_steps=8, validation_epochs=0, lr_scheduler="constant",
+                        prior_overrides="prior_layers=1,prior_hidden_size=32", random_flip=True, use_ema=True,
+                        save_dtype="float16")  # fmt: skip
+        return PriorArguments(**{**defaults, **values})
+
+    train_prior(prior_args("whole", validation_epochs=1))
+    train_prior(prior_args("cut", max_train_steps=4, checkpointing_steps=4))
+    (tmp_path / "cut" / "model.safetensors").unlink()
+    train_prior(prior_args("cut", resume_from_checkpoint="latest"))
+    start, whole, cut = (load_file(tmp_path / name / "model.safetensors") for name in ("run", "whole", "cut"))
+    assert all(torch.equal(whole[k], cut[k]) for k in whole)
+    assert all(torch.equal(start[k], whole[k]) for k in start) and any(k.startswith("prior.") for k in whole)
+    files = {path.name for path in (tmp_path / "whole").iterdir()}
+    assert {"recipe.yaml", "recipe-prior.yaml", "samples.png", "modeling_code_prior.py", "README.md"} <= files
+    card = (tmp_path / "whole" / "README.md").read_text()
+    assert "model.generate" in card and "hf_ae.train_prior" in card
+    from hf_ae.hub import check_folder
+
+    check_folder(tmp_path / "whole")
+    model = AutoModel.from_pretrained(tmp_path / "whole")
+    assert model.config.prior_classes == 10 and model.generate(2, labels=["Sneaker"], seed=0).shape == (2, 1, 28, 28)
+    for bad, words in (
+        (dict(model=None), "--model"),
+        (dict(prior_overrides="layers=2"), "prior_layers"),
+        (dict(label_column="x"), "label"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            train_prior(prior_args("bad", **bad))
+
+
+def test_prior_learns_what_a_class_looks_like():
+    model = tiny()
+    codes, labels = torch.tensor([[0, 1, 2, 0, 1], [2, 2, 0, 0, 1]]).repeat(8, 1), torch.tensor([0, 1]).repeat(8)
+    optimizer = torch.optim.Adam(model.prior.parameters(), 1e-2)
+    for _ in range(60):
+        loss = model.prior(codes, labels).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert torch.equal(model.prior.sample(16, labels, generator=torch.Generator().manual_seed(0)), codes)
+
+
+# Files
+
+
+@DISCRETE
+def test_files_of_indices_come_back_exactly(name):
+    model = make(name)
+    for seed in range(3):
+        model(pixels(model, seed=seed))
+    model.eval()
+    height, width = model.config.image_hw
+    size = (width, height) if model.config.latent_dim else (width + 5, height + 3)
+    mode = "L" if model.config.num_channels == 1 else "RGB"
+    uniform, images = compress(model, picture(*size, mode), model_id=""), [picture(*size, mode, seed) for seed in range(2)]
+    for seed in range(20):
+        model.count_indices(model.encode(pixels(model, seed=seed)).indices)
+    for image in images:
+        data = compress(model, image, model_id="")
+        assert unpack(data).method == "indices"
+        with torch.no_grad():
+            from hf_ae.codec_methods import pad_to, stride_of, to_pixels, to_values
+
+            padded = pad_to(torch.from_numpy(np.array(image)).view(1, size[1], size[0], -1).permute(0, 3, 1, 2), max(1, stride_of(model)))
+            expected = to_pixels(model, model(to_values(model, padded)).reconstruction)[0, 0, : size[1], : size[0]]
+        difference = np.abs(np.asarray(decompress(data, model)).astype(int).reshape(expected.shape) - expected.numpy())
+        assert difference.max() <= 1
+    assert len(uniform) < 400
+    with pytest.raises(CorruptFileError):
+        decompress(uniform, make("vae-mlp"))
+    with pytest.raises(ValueError, match="palette"):
+        compress(model, images[0], palette=True)
+
+
+def test_frequent_codewords_take_fewer_bytes():
+    model = make("vqvae-ema").eval()
+    image = picture(160, 120)
+    uniform = len(compress(model, image, model_id=""))
+    values = torch.from_numpy(np.array(image))[None, None] / 255
+    model.count_indices(model.encode(values).indices)
+    fitted = len(compress(model, image, model_id=""))
+    shares = model.quantizers[0].frequencies / model.quantizers[0].frequencies.sum()
+    entropy = float(torch.special.entr(shares.double()).sum()) / np.log(2) * (160 * 120 / 16) / 8
+    assert entropy - 2 < fitted - 20 < entropy * 1.02 + 20 and fitted < uniform
