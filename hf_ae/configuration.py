@@ -372,7 +372,9 @@ class CompressiveAutoencoderConfig(AutoencoderConfig):
         if not 0 <= self.quality <= 1:
             raise ValueError(f"quality={self.quality} must lie between 0 and 1.")
         if self.reconstruction_loss != "mse" and min(self.image_hw) < 161:
-            raise ValueError(f"reconstruction_loss={self.reconstruction_loss!r} needs an image_size of at least 161, not {self.image_size}: write 'mse'.")
+            raise ValueError(
+                f"reconstruction_loss={self.reconstruction_loss!r} needs an image_size of at least 161, not {self.image_size}: write 'mse'."
+            )
 
     def check_size(self, height: int, width: int):
         """Any size works: pictures are padded."""
