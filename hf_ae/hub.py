@@ -38,6 +38,7 @@ TITLES = {
     "hf_ae_contractive": "A contractive autoencoder",
     "hf_ae_vae": "A variational autoencoder",
     "hf_ae_beta_vae": "A β-VAE",
+    "hf_ae_vaegan": "A variational autoencoder with a discriminator",
     "hf_ae_compressive": "A compressive autoencoder",
 }
 
