@@ -36,3 +36,59 @@ class FeatureNetwork(nn.Module):
 
     def classify(self, pictures: torch.Tensor) -> torch.Tensor:
         return self.to_logits(self(pictures))
+
+
+class TransformersFeatures(nn.Module):
+    """Pictures of any size and 1, 3 or 4 channels in 0…1 -> pooled features of a transformers image model."""
+
+    def __init__(self, name: str):
+        super().__init__()
+        from transformers import AutoImageProcessor, AutoModel
+
+        try:
+            self.network, self.processor = AutoModel.from_pretrained(name).eval(), AutoImageProcessor.from_pretrained(name)
+        except (OSError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ValueError(f"The feature network {name} is no image model of transformers: {reason}") from None
+
+    def forward(self, pictures: torch.Tensor) -> torch.Tensor:
+        pictures = pictures.expand(-1, 3, -1, -1) if pictures.shape[1] == 1 else pictures[:, :3]
+        values = self.processor(list(pictures), do_rescale=False, return_tensors="pt").pixel_values
+        output = self.network(values.to(self.network.device))
+        pooled = getattr(output, "pooler_output", None)
+        if pooled is None:
+            states = output.last_hidden_state
+            pooled = states.mean(1) if states.ndim == 3 else states.mean((2, 3))
+        return pooled.flatten(1)
+
+
+def load_feature_network(name: str | None = None) -> nn.Module:
+    """The network that ships, its file's SHA-256 checked; or the transformers image model in a folder or Hub id. In eval mode.
+
+    Raises ValueError where the file is damaged or the model cannot be loaded.
+    """
+    if name is not None:
+        return TransformersFeatures(name).eval()
+    data = WEIGHTS.read_bytes() if WEIGHTS.is_file() else b""
+    if hashlib.sha256(data).hexdigest() != SHA256:
+        raise ValueError(f"{WEIGHTS.name} is not the file that this version was released with: install hf_ae again.")
+    network = FeatureNetwork()
+    network.load_state_dict(load(data))
+    return network.eval()
+
+
+@torch.no_grad()
+def features_of(network: nn.Module, pictures: torch.Tensor) -> torch.Tensor:
+    """Pictures (images, channels, height, width) in 0…1 -> (images, features) on the CPU. Raises ValueError.
+
+    The network that ships takes gray pictures of at most 64 pixels, which are brought to 28×28.
+    """
+    if isinstance(network, FeatureNetwork):
+        if pictures.shape[1] != 1 or max(pictures.shape[-2:]) > 64:
+            raise ValueError(
+                f"Pictures of {pictures.shape[1]} channels and {pictures.shape[2]}×{pictures.shape[3]} pixels need another feature "
+                "network than the one that ships, for small gray ones: write --feature_network with an image model of transformers."
+            )
+        if pictures.shape[-2:] != (28, 28):
+            pictures = F.interpolate(pictures, size=(28, 28), mode="bilinear", antialias=True)
+    return torch.cat([network(x).float().cpu() for x in pictures.split(250)])

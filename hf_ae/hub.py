@@ -17,7 +17,7 @@ from .pipeline_folder import components, has_code, read_json, write_code
 ALLOWED = (
     r"README\.md|recipe[\w-]*\.yaml|(model_index|config|preprocessor_config|metrics)\.json|\.gitattributes|[a-z_]+\.py|[\w-]+\.(png|jpg)"
 )
-WEIGHTS = r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?"
+WEIGHTS = r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?|sampler\.safetensors"
 """At the top of a model folder."""
 COMPONENT_FILES = r"[\w.-]+\.(safetensors|json|txt|model|jinja|py)"
 """In the folder of a pipeline's component."""
@@ -111,7 +111,7 @@ def summary(config: dict, dataset: str | None) -> str:
 def picture_section(folder: Path) -> list[str]:
     captions = {
         "reconstructions.png": "Held-out images and what becomes of them",
-        "samples.png": "Pictures drawn from prompts",
+        "samples.png": "Pictures drawn from prompts" if (folder / "model_index.json").is_file() else "Generated pictures",
         "latent_plane.png": "The latent plane: codes of held-out images, and what the decoder draws all over it",
     }
     return [f"![{text}]({name})" for name, text in captions.items() if (folder / name).is_file()]
@@ -167,7 +167,23 @@ def results_section(metrics: dict) -> str:
         text += "| quality | bytes | bits per pixel | PSNR (dB) |\n| ---: | ---: | ---: | ---: |\n"
         qualities = metrics["compression"]["qualities"].items()
         text += "\n".join(f"| {q} | {v['bytes']:,.0f} | {v['bpp']:.3f} | {v['psnr']:.2f} |" for q, v in qualities)
+    text += generation_table(metrics["generation"]) if "generation" in metrics else ""
     return text + "\n\nPrinted by\n\n```\n" + metrics["command"] + "\n```"
+
+
+def generation_table(found: dict) -> str:
+    """Generated pictures beside real ones of the training split, in the same features."""
+    network = "the feature network of hf_ae" if found["features"] == "hf_ae" else f"`{found['features']}`"
+    columns = {"fid": "FID", "kid": "KID × 1000", "precision": "precision", "recall": "recall", "density": "density", "coverage": "coverage"}
+    text = f"\n\nGenerated pictures ({found['images']:,}, sampled from: {found['sampler']}), in features of {network}; figures in other "
+    text += "features, such as Inception's, cannot be compared:\n\n"
+    text += "| | " + " | ".join(columns.values()) + " |\n| --- |" + " ---: |" * len(columns) + "\n"
+    for title, values in (("generated", found), ("real, of the training split", found["floor"])):
+        text += f"| {title} | " + " | ".join(f"{values[name]:.3g}" for name in columns) + " |\n"
+    text += f"\n{found['seconds_per_image'] * 1000:.3g} ms a picture."
+    if "classification_accuracy" in found:
+        text += f" A classifier trained on generated pictures alone gets {found['classification_accuracy']:.1%} of the real ones right."
+    return text
 
 
 def pipeline_summary(dataset: str | None) -> str:
