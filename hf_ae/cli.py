@@ -42,7 +42,8 @@ def evaluate(
     split: Annotated[str | None, typer.Option("--split", help="Split to measure on; default: test or validation.")] = None,
     train_split: Annotated[str, typer.Option("--train_split", help="Split to fit PCA on.")] = "train",
     tasks: Annotated[
-        str | None, typer.Option("--tasks", help="reconstruction,likelihood,compression,generation; default: what applies of the first three.")
+        str | None,
+        typer.Option("--tasks", help="reconstruction,likelihood,compression,generation; default: what applies of the first three."),
     ] = None,
     samples: Annotated[int, typer.Option("--samples", min=1, help="Importance samples an image for the likelihood.")] = 100,
     max_images: Annotated[int | None, typer.Option("--max_images", min=1, help="Measure the first images only.")] = None,
@@ -108,7 +109,9 @@ def compare(
 
     if output is not None:
         comparing.check_output(output)
-    rows, picture = comparing.compare(models, dataset_name, split=split, max_images=max_images, sampler=sampler, feature_network=feature_network)
+    rows, picture = comparing.compare(
+        models, dataset_name, split=split, max_images=max_images, sampler=sampler, feature_network=feature_network
+    )
     print(comparing.to_markdown(rows))
     if output is not None:
         print("Written: " + ", ".join(map(str, comparing.write(rows, picture, output))))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -44,7 +46,9 @@ def kernel(real: torch.Tensor, fake: torch.Tensor, seed: int = 0) -> float:
     from torchmetrics.image.kid import KernelInceptionDistance
 
     size = min(1000, len(real), len(fake))
-    metric = KernelInceptionDistance(feature=AsTheyAre(real.shape[1]), subsets=100, subset_size=size)
+    with warnings.catch_warnings():  # that it keeps the features in memory, where they are anyway
+        warnings.simplefilter("ignore")
+        metric = KernelInceptionDistance(feature=AsTheyAre(real.shape[1]), subsets=100, subset_size=size)
     metric.update(real.float(), real=True)
     metric.update(fake.float(), real=False)
     with torch.random.fork_rng(devices=[]):

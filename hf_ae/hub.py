@@ -174,7 +174,14 @@ def results_section(metrics: dict) -> str:
 def generation_table(found: dict) -> str:
     """Generated pictures beside real ones of the training split, in the same features."""
     network = "the feature network of hf_ae" if found["features"] == "hf_ae" else f"`{found['features']}`"
-    columns = {"fid": "FID", "kid": "KID × 1000", "precision": "precision", "recall": "recall", "density": "density", "coverage": "coverage"}
+    columns = {
+        "fid": "FID",
+        "kid": "KID × 1000",
+        "precision": "precision",
+        "recall": "recall",
+        "density": "density",
+        "coverage": "coverage",
+    }
     text = f"\n\nGenerated pictures ({found['images']:,}, sampled from: {found['sampler']}), in features of {network}; figures in other "
     text += "features, such as Inception's, cannot be compared:\n\n"
     text += "| | " + " | ".join(columns.values()) + " |\n| --- |" + " ---: |" * len(columns) + "\n"

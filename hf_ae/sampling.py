@@ -94,7 +94,9 @@ def fit(codes: torch.Tensor, kind: str, labels: torch.Tensor | None = None, comp
     if kind == "prior":
         return prior(shape)
     if flat.shape[1] > MOST_VALUES:
-        raise ValueError(f"The code has {flat.shape[1]:,} values; a full covariance is fitted to at most {MOST_VALUES:,}: write kind=prior.")
+        raise ValueError(
+            f"The code has {flat.shape[1]:,} values; a full covariance is fitted to at most {MOST_VALUES:,}: write kind=prior."
+        )
     groups = {None: flat} if labels is None else {label: flat[labels == label] for label in labels.unique().tolist()}
     fitted = [(label, len(group), *fit_group(group, kind, components, seed)) for label, group in groups.items()]
     weights = torch.cat([weights * count / len(flat) for _, count, weights, _, _ in fitted])

@@ -24,6 +24,7 @@ from hf_ae.arguments import (
     parse_overrides,
     write_recipe,
 )
+from hf_ae.collapse_generative import generative_collapse
 from hf_ae.data import (
     ImagesInMemory,
     ImageStream,
@@ -166,16 +167,20 @@ def validate(args, run: Run, pixels: torch.Tensor, output: Path):
     model = run.bare_model
     model.eval()
     totals: dict[str, float] = {}
+    codes = None  # of the first batch
     with averaged(model, run.ema):
         for batch in pixels.split(batch_for(pixels[0].numel())):
             values = to_pixel_values(batch, accelerator.device, model.config.pixel_range)
             with accelerator.autocast():
-                losses = model(values).losses
-            for name, term in losses.items():
+                result = model(values)
+            codes = result.latents if codes is None else codes
+            for name, term in result.losses.items():
                 totals[name] = totals.get(name, 0.0) + float(term) * len(batch) / len(pixels)
         picture = draw_samples(model, to_pixel_values(pixels[:12], accelerator.device, model.config.pixel_range))
     model.train()
     tqdm.write(f"step {progress.step}: " + "  ".join(f"{name} {value:.4f}" for name, value in totals.items()))
+    for warning in generative_collapse(model, totals, codes):
+        tqdm.write(f"warning: {warning}")
     show_samples(args, run, partial(labelled_rows, picture), output)
     if args.report_to != "none":
         accelerator.log({f"eval/{name}": value for name, value in totals.items()}, step=progress.step)
@@ -213,7 +218,13 @@ def finish(args, run: Run, processor, output: Path, images):
     if accelerator.is_main_process:
         if run.ema is not None:
             run.ema.copy_to(model.parameters())
-        for measured in ("metrics.json", "reconstructions.png", "latent_plane.png"):  # of earlier weights
+        for measured in (
+            "metrics.json",
+            "reconstructions.png",
+            "latent_plane.png",
+            "samples.png",
+            "sampler.safetensors",
+        ):  # of earlier weights
             (output / measured).unlink(missing_ok=True)
         if hasattr(model.config, "kl_weight") and model.config.latent_channels is not None:
             model.config.scaling_factor = latent_scale(model, images)

@@ -23,8 +23,8 @@ VARIANTS = {
     "beta-vae-capacity": ("hf_ae_beta_vae", dict(hidden_sizes=[16], latent_dim=5, objective="capacity", capacity=3.0, capacity_steps=8)),
     "beta-vae-tc": ("hf_ae_beta_vae", dict(hidden_sizes=[16], latent_dim=5, objective="total_correlation", dataset_size=100)),
     "vaegan-mlp": ("hf_ae_vaegan", dict(hidden_sizes=[16], latent_dim=5, discriminator_channels=[4, 8], feature_weight=0.01)),
-    "vaegan-conv": ("hf_ae_vaegan", dict(SMALL_CONV, latent_channels=2, num_channels=3, discriminator_channels=[4, 8], pixel_range=[-1.0, 1.0],
-                                         adversarial_loss="non_saturating", adversarial_start=2)),
+    "vaegan-conv": ("hf_ae_vaegan", dict(SMALL_CONV, latent_channels=2, num_channels=3, discriminator_channels=[4, 8],
+                                         pixel_range=[-1.0, 1.0], adversarial_loss="non_saturating", adversarial_start=2)),
     "compressive": ("hf_ae_compressive", dict(image_size=16, num_channels=1, hidden_sizes=[8, 8], patch_size=2, num_res_blocks=1,
                                               latent_channels=12, hyper_channels=[8, 4])),
 }  # fmt: skip
