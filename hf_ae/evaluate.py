@@ -149,7 +149,8 @@ def evaluate(model, dataset_name: str, save: bool = True, **options) -> dict:
     if "generation" in tasks:
         from .generation import evaluate_generation
 
-        metrics["generation"], pictures = evaluate_generation(request, loaded, processor, parts, dataset, column, pixels)
+        found, pictures = evaluate_generation(request, loaded, processor, parts, dataset, column, pixels)
+        metrics["generation"] = {**found, "command": request.command()}
         if save and Path(model).is_dir():
             image_grid(pictures[:80], 16, Path(model) / "samples.png", cell=56)
     if save and Path(model).is_dir():
@@ -263,7 +264,8 @@ def save_results(folder: Path, model, metrics: dict, rows: dict, dataset, images
     old_path = folder / "metrics.json"
     old = read_json(old_path)
     if all(old.get(k) == metrics[k] for k in ("dataset", "split", "images", "binarized")):
-        metrics = {**old, **metrics}
+        alone = "generation" in metrics and not any(task in metrics for task in TASKS[:-1])
+        metrics = {**old, **metrics, **({"command": old["command"]} if alone and "command" in old else {})}
     old_path.write_text(json.dumps(metrics, indent=2, ensure_ascii=False) + "\n")
     if len(rows) > 1:
         labelled_rows(rows, folder / "reconstructions.png")

@@ -167,8 +167,8 @@ def results_section(metrics: dict) -> str:
         text += "| quality | bytes | bits per pixel | PSNR (dB) |\n| ---: | ---: | ---: | ---: |\n"
         qualities = metrics["compression"]["qualities"].items()
         text += "\n".join(f"| {q} | {v['bytes']:,.0f} | {v['bpp']:.3f} | {v['psnr']:.2f} |" for q, v in qualities)
-    text += generation_table(metrics["generation"]) if "generation" in metrics else ""
-    return text + "\n\nPrinted by\n\n```\n" + metrics["command"] + "\n```"
+    text += f"\n\nPrinted by\n\n```\n{metrics['command']}\n```"
+    return text + (generation_table(metrics["generation"]) if "generation" in metrics else "")
 
 
 def generation_table(found: dict) -> str:
@@ -190,7 +190,7 @@ def generation_table(found: dict) -> str:
     text += f"\n{found['seconds_per_image'] * 1000:.3g} ms a picture."
     if "classification_accuracy" in found:
         text += f" A classifier trained on generated pictures alone gets {found['classification_accuracy']:.1%} of the real ones right."
-    return text
+    return text + f"\n\nPrinted by\n\n```\n{found['command']}\n```"
 
 
 def pipeline_summary(dataset: str | None) -> str:

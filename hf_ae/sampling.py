@@ -49,7 +49,7 @@ class Sampler:
             raise ValueError("This sampler knows no classes: fit it with --label_column, or leave the labels out.")
         unknown = set(labels.tolist()) - set(self.classes.tolist())
         if unknown:
-            raise ValueError(f"This sampler has no class {min(unknown)}: it has 0 to {self.num_classes}, less one.")
+            raise ValueError(f"This sampler has no class {min(unknown)}: it has {sorted(set(self.classes.tolist()))}.")
         return labels
 
     def save(self, folder) -> Path:
@@ -76,7 +76,7 @@ class Sampler:
             with safe_open(path, "pt") as file:
                 notes = file.metadata()
             shape = [int(size) for size in notes["code_shape"].split(",")]
-            return cls(notes["kind"], **tensors, code_shape=shape)
+            return prior(shape) if notes["kind"] == "prior" else cls(notes["kind"], **tensors, code_shape=shape)
         except Exception as error:  # not there, offline, damaged: each library has its own exceptions
             reason = f"{FILE} is missing" if not path.is_file() else str(error).splitlines()[0]
             raise ValueError(f"{name} has no sampler that can be read ({reason}): make one with hf-ae fit-sampler.") from None
@@ -151,15 +151,16 @@ def sample(model, n: int, sampler: Sampler | None = None, seed: int = 0, labels:
     prior over codes, draws by that.
     """
     generator = torch.Generator().manual_seed(seed)
+    most = batch_for(model.config.num_pixels)
     if sampler is None and hasattr(model, "generate"):
-        torch.manual_seed(seed)
-        options = {"labels": labels} if labels is not None else {}
-        return model.generate(n, **options, generator=generator).float().cpu()
+        asked = [None] * -(-n // most) if labels is None else [part.tolist() for part in labels.split(most)]
+        counts = [min(most, n - start) for start in range(0, n, most)]
+        return torch.cat([model.generate(c, labels=part, generator=generator).float().cpu() for c, part in zip(counts, asked)])
     sampler = sampler or prior(model.config.code_shape)
     if sampler.code_shape != model.config.code_shape:
         raise ValueError(f"The sampler draws codes of shape {sampler.code_shape}, and this model decodes {model.config.code_shape}.")
     codes = sampler.sample(n, labels, generator)
-    return torch.cat([model.decode(z.to(model.device)).sample.float().cpu() for z in codes.split(batch_for(model.config.num_pixels))])
+    return torch.cat([model.decode(z.to(model.device)).sample.float().cpu() for z in codes.split(most)])
 
 
 def fit_sampler(name, dataset_name: str, kind: str = "mixture", components: int = 10, train_split: str = "train",

@@ -16,7 +16,7 @@ from hf_ae import feature_network, sampling
 from hf_ae.cli import main
 from hf_ae.collapse_generative import discriminator_wins, generative_collapse, posterior_collapse
 from hf_ae.evaluate import evaluate
-from hf_ae.generation import drawer_of_pipeline, measure_generation
+from hf_ae.generation import drawer_of, drawer_of_pipeline, measure_generation
 from hf_ae.generation_metrics import classification_accuracy, distances, frechet, kernel, neighbourhoods
 from hf_ae.hub import check_folder
 from hf_ae.train import ImageTrainingArguments, train
@@ -73,6 +73,8 @@ def test_classes_are_drawn_as_asked_and_saved_with_the_sampler(tmp_path):
     torch.testing.assert_close(again.sample(5, asked, torch.Generator().manual_seed(1)), drawn, rtol=0, atol=0)
     with pytest.raises(ValueError, match="no class 7"):
         again.sample(1, torch.tensor([7]))
+    sampling.prior([3, 2]).save(tmp_path)
+    assert sampling.Sampler.load(tmp_path).sample(4).shape == (4, 3, 2)
     with pytest.raises(ValueError, match="label_column"):
         sampling.fit(codes, "gaussian").sample(1, torch.tensor([0]))
 
@@ -100,6 +102,20 @@ def test_samples_are_decoded_draws_of_the_prior_in_the_models_pixel_range():
     codes = torch.randn(5, *model.config.code_shape, generator=torch.Generator().manual_seed(3))
     torch.testing.assert_close(pictures, model.decode(codes).sample.detach())
     assert not torch.equal(pictures, sampling.sample(model, 5, seed=4))
+
+
+def test_a_model_with_its_own_generate_draws_by_that_in_parts_and_with_labels():
+    model, asked = make("vae-mlp").eval(), []
+
+    def generate(n, labels=None, generator=None):
+        asked.append((n, labels))
+        return model.decode(torch.randn(n, 5, generator=generator)).sample
+
+    model.generate, model.config.prior_classes = generate, 3
+    drawer = drawer_of(model)
+    pictures = drawer.draw(1200, torch.arange(1200) % 3)
+    assert [n for n, _ in asked] == [500, 500, 200] and asked[2][1][:3] == [1, 2, 0] and drawer.num_classes == 3
+    assert pictures.shape == (1200, 1, 28, 28) and torch.equal(drawer.draw(1200, torch.arange(1200) % 3), pictures)
 
 
 # Distances
@@ -239,7 +255,7 @@ def test_evaluate_measures_samples_beside_real_pictures(trained, capsys):
     draws(*flags, "--sampler", "gaussian", "--label_column", "label")
     again = json.loads((folder / "metrics.json").read_text())
     assert again["generation"]["sampler"] == "gaussian" and 0.3 < again["generation"]["classification_accuracy"] < 1
-    assert "--sampler gaussian --label_column label" in again["command"]
+    assert "--sampler gaussian --label_column label" in again["generation"]["command"]
 
 
 def test_a_sampler_is_fitted_saved_published_and_used(trained, tmp_path, capsys):
