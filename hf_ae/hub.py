@@ -112,6 +112,7 @@ def picture_section(folder: Path) -> list[str]:
     captions = {
         "reconstructions.png": "Held-out images and what becomes of them",
         "samples.png": "Pictures drawn from prompts" if (folder / "model_index.json").is_file() else "Generated pictures",
+        "samples-of-captions.png": "Pictures drawn from captions of the dataset",
         "latent_plane.png": "The latent plane: codes of held-out images, and what the decoder draws all over it",
     }
     return [f"![{text}]({name})" for name, text in captions.items() if (folder / name).is_file()]
@@ -167,7 +168,8 @@ def results_section(metrics: dict) -> str:
         text += "| quality | bytes | bits per pixel | PSNR (dB) |\n| ---: | ---: | ---: | ---: |\n"
         qualities = metrics["compression"]["qualities"].items()
         text += "\n".join(f"| {q} | {v['bytes']:,.0f} | {v['bpp']:.3f} | {v['psnr']:.2f} |" for q, v in qualities)
-    text += f"\n\nPrinted by\n\n```\n{metrics['command']}\n```"
+    if rows or "likelihood" in metrics or "compression" in metrics:
+        text += f"\n\nPrinted by\n\n```\n{metrics['command']}\n```"
     return text + (generation_table(metrics["generation"]) if "generation" in metrics else "")
 
 
