@@ -11,28 +11,29 @@ from torch import nn
 from torch.nn import functional as F
 
 WEIGHTS = Path(__file__).with_name("feature_network.safetensors")
-SHA256 = "0" * 64
+SHA256 = "2b0b73ccb5bce2208305b027050277d3df6e0c5bdd9d44f6adfd7e1510557c3d"
 """Of the file above. benchmarks/feature_network.py trains it; figures measured with other weights cannot be compared."""
 
 
 class FeatureNetwork(nn.Module):
-    """Gray pictures (batch, 1, 28, 28) in 0…1 -> features (batch, 128); `classify` -> logits (batch, num_classes).
+    """Gray pictures (batch, 1, 28, 28) in 0…1 -> features (batch, 64); `classify` -> logits (batch, num_classes).
 
-    Three convolutions with batch norm, and the mean over positions: 95,000 weights.
+    Five convolutions with batch norm and a linear layer: 164,000 weights.
     """
 
-    num_features = 128
+    num_features = 64
 
     def __init__(self, num_classes: int = 20, num_channels: int = 1):
         super().__init__()
-        widths, strides = (num_channels, 32, 64, self.num_features), (1, 2, 2)
+        widths, sizes, strides = (num_channels, 16, 32, 64, 64, 64), (5, 3, 3, 3, 3), (2, 1, 2, 1, 2)
         layers: list[nn.Module] = []
-        for inputs, outputs, stride in zip(widths, widths[1:], strides):
-            layers += [nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()]
-        self.layers, self.to_logits = nn.Sequential(*layers), nn.Linear(self.num_features, num_classes)
+        for inputs, outputs, size, stride in zip(widths, widths[1:], sizes, strides):
+            layers += [nn.Conv2d(inputs, outputs, size, stride, size // 2, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()]
+        head = [nn.Flatten(), nn.Linear(widths[-1] * 16, self.num_features), nn.BatchNorm1d(self.num_features), nn.ReLU()]
+        self.layers, self.to_logits = nn.Sequential(*layers, *head), nn.Linear(self.num_features, num_classes)
 
     def forward(self, pictures: torch.Tensor) -> torch.Tensor:
-        return self.layers(pictures * 2 - 1).mean((2, 3))
+        return self.layers(pictures * 2 - 1)
 
     def classify(self, pictures: torch.Tensor) -> torch.Tensor:
         return self.to_logits(self(pictures))

@@ -186,9 +186,9 @@ def test_the_network_that_ships_knows_fashion_and_its_file_is_checked(monkeypatc
     network = feature_network.load_feature_network()
     with torch.no_grad():
         assert (network.classify(pictures).argmax(1) == labels).float().mean() > 0.87
-    assert feature_network.features_of(network, pictures).shape == (len(pictures), 128)
+    assert feature_network.features_of(network, pictures).shape == (len(pictures), 64)
     larger = torch.nn.functional.interpolate(pictures, size=(32, 32), mode="bilinear")
-    assert feature_network.features_of(network, larger).shape == (len(pictures), 128)
+    assert feature_network.features_of(network, larger).shape == (len(pictures), 64)
     with pytest.raises(ValueError, match="feature_network"):
         feature_network.features_of(network, torch.rand(2, 3, 28, 28))
     assert 100_000 < feature_network.WEIGHTS.stat().st_size < 400_000
