@@ -75,7 +75,7 @@ def measure_generation(drawer: Drawer, real: torch.Tensor, train: torch.Tensor, 
 
     fid, kid, precision, recall, density, coverage in features of `network`; `floor`: the same for as many training pictures,
     which no generator should beat by much; seconds_per_image; with classes, classification_accuracy: of a classifier
-    trained on drawn pictures alone, on `real`, beside one trained on as many training pictures where those are labelled.
+    trained on drawn pictures alone, on `real`.
     """
     started = time.perf_counter()
     pictures = eight_bits(drawer.draw(len(real), None))
@@ -87,6 +87,7 @@ def measure_generation(drawer: Drawer, real: torch.Tensor, train: torch.Tensor, 
     if drawer.num_classes and labels is not None:
         asked = torch.arange(len(real)) % drawer.num_classes
         drawn = eight_bits(drawer.draw(len(asked), asked))
+        torch.manual_seed(0)
         judge = FeatureNetwork(int(max(labels.max(), asked.max())) + 1, real.shape[1])
         metrics["classification_accuracy"] = classification_accuracy(drawn, asked, real, labels, judge)
         pictures = drawn

@@ -84,23 +84,25 @@ def radii(points: torch.Tensor, ks: tuple[int, ...]) -> dict[int, torch.Tensor]:
     return {k: nearest[:, k] for k in ks}
 
 
-def classification_accuracy(fake: torch.Tensor, fake_labels, real: torch.Tensor, real_labels, network: nn.Module, epochs: int = 5) -> float:
+def classification_accuracy(
+    fake: torch.Tensor, fake_labels, real: torch.Tensor, real_labels, network: nn.Module, steps: int = 500
+) -> float:
     """Share of the real pictures that a classifier gets right which saw generated ones alone (Ravuri and Vinyals 2019).
 
-    Pictures (images, channels, height, width) in 0…1. `network` is new, with a method `classify` -> logits.
+    Pictures (images, channels, height, width) in 0…1. `network` is new, with a method `classify` -> logits; it takes `steps`
+    steps of 100 pictures.
     """
-    torch.manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
     optimizer = torch.optim.AdamW(network.parameters(), 3e-3, weight_decay=1e-2)
-    steps = epochs * -(-len(fake) // 100)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
     network.train()
-    for _ in range(epochs):
-        for rows in torch.randperm(len(fake)).split(100):
-            loss = F.cross_entropy(network.classify(fake[rows]), fake_labels[rows])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
+    for _ in range(steps):
+        rows = torch.randint(len(fake), (100,), generator=generator)
+        loss = F.cross_entropy(network.classify(fake[rows]), fake_labels[rows])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
     network.eval()
     with torch.no_grad():
         guesses = torch.cat([network.classify(x).argmax(1) for x in real.split(500)])
