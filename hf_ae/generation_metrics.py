@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import torch
 from torch import nn
@@ -84,9 +85,7 @@ def radii(points: torch.Tensor, ks: tuple[int, ...]) -> dict[int, torch.Tensor]:
     return {k: nearest[:, k] for k in ks}
 
 
-def classification_accuracy(
-    fake: torch.Tensor, fake_labels, real: torch.Tensor, real_labels, network: nn.Module, steps: int = 500
-) -> float:
+def classification_accuracy(fake: torch.Tensor, fake_labels, real: torch.Tensor, real_labels, network: Any, steps: int = 500) -> float:
     """Share of the real pictures that a classifier gets right which saw generated ones alone (Ravuri and Vinyals 2019).
 
     Pictures (images, channels, height, width) in 0…1. `network` is new, with a method `classify` -> logits; it takes `steps`
