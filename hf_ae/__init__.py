@@ -15,11 +15,13 @@ from .configuration import (
     VAEConfig,
 )
 from .configuration_discrete import VQVAE2Config, VQVAEConfig
+from .configuration_vaegan import DiscriminatorConfig, VAEGANConfig
 from .image_processing import AutoencoderImageProcessor
 from .modeling_autoencoder import AutoencoderModel
 from .modeling_compressive import CompressiveAutoencoderModel
 from .modeling_regularized import ContractiveAutoencoderModel, DenoisingAutoencoderModel, SparseAutoencoderModel
 from .modeling_vae import BetaVAEModel, VAEModel
+from .modeling_vaegan import DiscriminatorModel, VAEGANModel
 from .modeling_vqvae import VQVAE2Model, VQVAEModel
 
 __version__ = "0.1.0"
@@ -33,6 +35,7 @@ MODELS = {
         ContractiveAutoencoderModel,
         VAEModel,
         BetaVAEModel,
+        VAEGANModel,
         CompressiveAutoencoderModel,
         VQVAEModel,
         VQVAE2Model,
@@ -44,6 +47,9 @@ for _model_type, _model in MODELS.items():
     AutoConfig.register(_model_type, _model.config_class, exist_ok=True)
     AutoModel.register(_model.config_class, _model, exist_ok=True)
     AutoImageProcessor.register(_model.config_class, image_processor_classes={"pil": AutoencoderImageProcessor}, exist_ok=True)
+
+AutoConfig.register(DiscriminatorConfig.model_type, DiscriminatorConfig, exist_ok=True)
+AutoModel.register(DiscriminatorConfig, DiscriminatorModel, exist_ok=True)
 
 __all__ = [
     "MODELS",
@@ -58,9 +64,13 @@ __all__ = [
     "ContractiveAutoencoderModel",
     "DenoisingAutoencoderConfig",
     "DenoisingAutoencoderModel",
+    "DiscriminatorConfig",
+    "DiscriminatorModel",
     "SparseAutoencoderConfig",
     "SparseAutoencoderModel",
     "VAEConfig",
+    "VAEGANConfig",
+    "VAEGANModel",
     "VAEModel",
     "VQVAE2Config",
     "VQVAE2Model",

@@ -25,7 +25,8 @@ CHOICES = {
 AT_LEAST = {
     "train_batch_size": 1, "num_train_epochs": 1, "max_train_steps": 1, "gradient_accumulation_steps": 1, "logging_steps": 1,
     "checkpointing_steps": 1, "checkpoints_total_limit": 1, "max_train_samples": 1, "max_eval_samples": 1, "validation_epochs": 0,
-    "lr_warmup_steps": 0, "learning_rate": 0, "weight_decay": 0, "ema_decay": 0, "max_grad_norm": 0, "seed": 0,
+    "lr_warmup_steps": 0, "learning_rate": 0, "discriminator_learning_rate": 0, "weight_decay": 0, "ema_decay": 0, "max_grad_norm": 0,
+    "seed": 0,
 }  # fmt: skip
 """Smallest value of a number among the flags."""
 
@@ -54,6 +55,7 @@ class TrainingArguments:
     lr_scheduler: str = flag("cosine", f"One of {', '.join(SCHEDULES)}.")
     lr_warmup_steps: int = flag(0, "Steps over which the learning rate rises from 0.")
     optimizer: str = flag("adamw", "adamw, or muon (Muon for matrices and convolution kernels, AdamW for the rest).")
+    discriminator_learning_rate: float | None = flag(None, "Highest learning rate of a discriminator, by AdamW; default: learning_rate.")
     weight_decay: float = flag(0.0, "Decoupled weight decay.")
     gradient_accumulation_steps: int = flag(1, "Batches whose gradients are added up for one optimizer step.")
     max_grad_norm: float | None = flag(None, "Clip gradients to this norm.")
@@ -80,7 +82,11 @@ class TrainingArguments:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not known: write one of {listed}.")
         for name, least in AT_LEAST.items():
             value = getattr(self, name)
-            kinds = (int, float) if name in ("learning_rate", "weight_decay", "ema_decay", "max_grad_norm") else int
+            kinds = (
+                (int, float)
+                if name in ("learning_rate", "discriminator_learning_rate", "weight_decay", "ema_decay", "max_grad_norm")
+                else int
+            )
             if value is not None and (not isinstance(value, kinds) or isinstance(value, bool) or not value >= least):
                 what = "a number" if kinds is not int else "a whole number"
                 raise ValueError(f"{name}={value!r} must be {what} of at least {least}.")

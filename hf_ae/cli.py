@@ -1,4 +1,4 @@
-"""The command line: hf-ae demo | evaluate | reconstruct | compress | decompress | roundtrip | generate | push."""
+"""The command line: hf-ae demo | evaluate | compare | fit-sampler | reconstruct | compress | decompress | roundtrip | generate | push."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=__d
 Model = Annotated[str, typer.Option("--model", help="Folder or Hub id of a model.")]
 ImageFile = Annotated[Path, typer.Argument(help="Image file.")]
 Quality = Annotated[float | None, typer.Option("--quality", help="0 (smallest files) to 1; default: the model's.")]
+SamplerKind = Annotated[str | None, typer.Option("--sampler", help="Draw codes from: saved, prior, gaussian, mixture (fitted now).")]
+Network = Annotated[str | None, typer.Option("--feature_network", help="A transformers image model; default: the small one that ships.")]
 Palette = Annotated[bool, typer.Option("--palette", help="256 colours of latents with error diffusion (models not made for compression).")]
 
 
@@ -39,17 +41,23 @@ def evaluate(
     image_column: Annotated[str | None, typer.Option("--image_column", help="Default: the only one with images.")] = None,
     split: Annotated[str | None, typer.Option("--split", help="Split to measure on; default: test or validation.")] = None,
     train_split: Annotated[str, typer.Option("--train_split", help="Split to fit PCA on.")] = "train",
-    tasks: Annotated[str | None, typer.Option("--tasks", help="reconstruction,likelihood,compression; default: what applies.")] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option("--tasks", help="reconstruction,likelihood,compression,generation; default: what applies of the first three."),
+    ] = None,
     samples: Annotated[int, typer.Option("--samples", min=1, help="Importance samples an image for the likelihood.")] = 100,
     max_images: Annotated[int | None, typer.Option("--max_images", min=1, help="Measure the first images only.")] = None,
     binarize: Annotated[bool, typer.Option("--binarize", help="One fixed 0/1 draw of each pixel.")] = False,
+    sampler: SamplerKind = None,
+    label_column: Annotated[str | None, typer.Option("--label_column", help="Fit the sampler to each of these classes.")] = None,
+    feature_network: Network = None,
 ):
     """Measure a model on a dataset, beside PCA; in a local folder, write metrics.json, pictures and the card."""
     options = {k: v for k, v in locals().items() if k not in ("model", "dataset_name")}
     from . import evaluate as measuring
 
     metrics = measuring.evaluate(model, dataset_name, **options)
-    titles = {"reconstruction": "model", "pca": f"PCA, {metrics['code_size']}", "denoising_input": "damaged", "denoising": "restored"}
+    titles = {"reconstruction": "model", "pca": f"PCA, {metrics.get('code_size')}", "denoising_input": "damaged", "denoising": "restored"}
     for row, title in titles.items():
         if row in metrics:
             print(f"{title:10}" + "".join(f"  {name} {value:.5g}" for name, value in metrics[row].items()))
@@ -58,8 +66,55 @@ def evaluate(
         print(f"{'likelihood':10}  elbo {b['elbo']:.3f}  bound {b['log_likelihood_bound']:.3f} nats ({b['model']}, {b['samples']} samples)")
     for quality, values in metrics.get("compression", {}).get("qualities", {}).items():
         print(f"quality {quality:4}  {values['bytes']:.0f} bytes  {values['bpp']:.4f} bits per pixel  PSNR {values['psnr']:.2f} dB")
+    if "generation" in metrics:
+        for title, row in (("generated", metrics["generation"]), ("real", metrics["generation"]["floor"])):
+            print(f"{title:10}" + "".join(f"  {name} {value:.4g}" for name, value in row.items() if isinstance(value, float)))
     if Path(model).is_dir():
         print(f"Written to {model}: metrics.json, the card README.md and its pictures")
+
+
+@app.command("fit-sampler")
+def fit_sampler(
+    model: Annotated[str, typer.Argument(help="Folder of a model.")],
+    dataset_name: Annotated[str, typer.Option("--dataset_name", help="Hub id of a dataset, or a folder.")],
+    kind: Annotated[str, typer.Option("--kind", help="prior, gaussian or mixture.")] = "mixture",
+    components: Annotated[int, typer.Option("--components", min=1, help="Gaussians of a mixture, for each class.")] = 10,
+    train_split: Annotated[str, typer.Option("--train_split", help="Split whose codes to fit.")] = "train",
+    dataset_config_name: Annotated[str | None, typer.Option("--dataset_config_name", help="Where it has several.")] = None,
+    image_column: Annotated[str | None, typer.Option("--image_column", help="Default: the only one with images.")] = None,
+    label_column: Annotated[str | None, typer.Option("--label_column", help="Fit each of these classes by itself.")] = None,
+    max_images: Annotated[int | None, typer.Option("--max_images", min=1, help="Fit the first images only.")] = None,
+    binarize: Annotated[bool, typer.Option("--binarize", help="One fixed 0/1 draw of each pixel.")] = False,
+    seed: Annotated[int, typer.Option("--seed", help="Of the mixture's start.")] = 0,
+):
+    """Fit a distribution to the codes of training images, to draw new images from, and save it beside the model."""
+    from . import sampling
+
+    options = {k: v for k, v in locals().items() if k not in ("model", "sampling")}
+    print(f"Written: {sampling.fit_sampler(model, **options)}")
+
+
+@app.command()
+def compare(
+    models: Annotated[list[str], typer.Argument(help="Folders or Hub ids of models.")],
+    dataset_name: Annotated[str, typer.Option("--dataset_name", help="Hub id of a dataset, or a folder.")],
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="Table to write, .md or .json; a picture .png beside it.")] = None,
+    split: Annotated[str | None, typer.Option("--split", help="Split to measure on; default: test or validation.")] = None,
+    max_images: Annotated[int | None, typer.Option("--max_images", min=1, help="Measure the first images only.")] = None,
+    sampler: SamplerKind = None,
+    feature_network: Network = None,
+):
+    """Measure several models on one dataset: one table of reconstruction, sample quality, mode coverage, speed and parameters."""
+    from . import compare as comparing
+
+    if output is not None:
+        comparing.check_output(output)
+    rows, picture = comparing.compare(
+        models, dataset_name, split=split, max_images=max_images, sampler=sampler, feature_network=feature_network
+    )
+    print(comparing.to_markdown(rows))
+    if output is not None:
+        print("Written: " + ", ".join(map(str, comparing.write(rows, picture, output))))
 
 
 @app.command()

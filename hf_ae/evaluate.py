@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
+from .cards import write_card
 from .data import (
     ImagesInMemory,
     batch_for,
@@ -21,13 +22,13 @@ from .data import (
     pick_split,
     to_pixel_values,
 )
-from .hub import read_json, write_card
 from .image_processing import open_image, to_mode
 from .metrics import importance_weighted_bound, pca_reconstruction, reconstruction_metrics
-from .plots import labelled_rows, latent_plane
+from .pipeline_folder import read_json
+from .plots import image_grid, labelled_rows, latent_plane
 from .quantizers import usage_and_perplexity
 
-TASKS = ("reconstruction", "likelihood", "compression")
+TASKS = ("reconstruction", "likelihood", "compression", "generation")
 QUALITIES = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
@@ -77,13 +78,20 @@ class Request:
     train_split: str = "train"
     """Split that PCA is fitted on."""
     tasks: str | None = None
-    """Comma-separated: reconstruction, likelihood, compression. Default: all that apply to the model and the data."""
+    """Comma-separated: reconstruction, likelihood, compression, generation. Default: all but generation, where they apply."""
     samples: int = 100
     """Importance samples an image, for the likelihood."""
     max_images: int | None = None
     """Measure the first images only."""
     binarize: bool = False
     """One fixed Bernoulli draw of each pixel."""
+    sampler: str | None = None
+    """What codes are drawn from, for generation: saved (beside the model), prior, gaussian or mixture (fitted now). Default: the
+    saved one, or the model's own prior, or N(0, I)."""
+    label_column: str | None = None
+    """Classes to fit the sampler to, one by one, for generation."""
+    feature_network: str | None = None
+    """Folder or Hub id of a transformers image model, for generation. Default: the small network that ships."""
 
     def command(self) -> str:
         """The command line that measures this."""
@@ -99,14 +107,17 @@ def evaluate(model, dataset_name: str, save: bool = True, **options) -> dict:
     """Measure a model (folder or Hub id) on a dataset; `options` are the other fields of `Request`.
 
     reconstruction: error, PSNR and SSIM, beside PCA with as many components; for a denoising model also from damaged
-    images. likelihood (VAEs): bounds on log p(x). compression (compressive models): files at five qualities. Returns what
-    metrics.json holds; in a local folder it also writes metrics.json, pictures and the card.
+    images. likelihood (VAEs): bounds on log p(x). compression (compressive models): files at five qualities. generation (only
+    where asked for): drawn pictures against real ones. Returns what metrics.json holds; in a local folder it also writes
+    metrics.json, pictures and the card.
     """
     request = Request(str(model), str(dataset_name), **options)
-    asked = [t.strip() for t in request.tasks.split(",") if t.strip()] if request.tasks else list(TASKS)
+    asked = [t.strip() for t in request.tasks.split(",") if t.strip()] if request.tasks else list(TASKS[:-1])
     unknown = [task for task in asked if task not in TASKS]
     if unknown:
         raise ValueError(f"The task {unknown[0]!r} is not known: write one of {', '.join(TASKS)}.")
+    if (Path(model) / "model_index.json").is_file():
+        return evaluate_pipeline_folder(request, asked, save)
     loaded, processor = load_model(model)
     loaded.to("cuda" if torch.cuda.is_available() else "cpu")
     tasks = applicable(loaded, request, asked)
@@ -139,8 +150,33 @@ def evaluate(model, dataset_name: str, save: bool = True, **options) -> dict:
         metrics["likelihood"] = likelihood(loaded, pixels, request.samples)
     if "compression" in tasks:
         metrics["compression"] = compression(loaded, dataset, column, min(request.max_images or 500, len(dataset)))
+    if "generation" in tasks:
+        from .generation import evaluate_generation
+
+        found, pictures = evaluate_generation(request, loaded, processor, parts, dataset, column, pixels)
+        metrics["generation"] = {**found, "command": request.command()}
+        if save and Path(model).is_dir():
+            image_grid(pictures[:80], 16, Path(model) / "samples.png", cell=56)
     if save and Path(model).is_dir():
         save_results(Path(model), loaded, metrics, rows, dataset, images)
+    return metrics
+
+
+def evaluate_pipeline_folder(request: Request, asked: list[str], save: bool) -> dict:
+    """The task `generation` of a text-to-image pipeline; its other figures in metrics.json stay."""
+    from .generate import load_pipeline
+    from .generation import evaluate_pipeline
+
+    if asked != ["generation"]:
+        raise ValueError(f"{request.model} is a text-to-image pipeline: write --tasks generation.")
+    parts = open_dataset(request.dataset_name, request.dataset_config_name)
+    found, pictures = evaluate_pipeline(request, load_pipeline(request.model), parts)
+    metrics = {"generation": {**found, "command": request.command()}}
+    if save:
+        path = Path(request.model) / "metrics.json"
+        path.write_text(json.dumps({**read_json(path), **metrics}, indent=2, ensure_ascii=False) + "\n")
+        image_grid(pictures[:64], 8, path.with_name("samples-of-captions.png"), cell=64)
+        write_card(request.model)
     return metrics
 
 
@@ -247,7 +283,8 @@ def save_results(folder: Path, model, metrics: dict, rows: dict, dataset, images
     old_path = folder / "metrics.json"
     old = read_json(old_path)
     if all(old.get(k) == metrics[k] for k in ("dataset", "split", "images", "binarized")):
-        metrics = {**old, **metrics}
+        alone = "generation" in metrics and not any(task in metrics for task in TASKS[:-1])
+        metrics = {**old, **metrics, **({"command": old["command"]} if alone and "command" in old else {})}
     old_path.write_text(json.dumps(metrics, indent=2, ensure_ascii=False) + "\n")
     if len(rows) > 1:
         labelled_rows(rows, folder / "reconstructions.png")

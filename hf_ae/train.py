@@ -25,7 +25,8 @@ from hf_ae.arguments import (
     parse_overrides,
     write_recipe,
 )
-from hf_ae.collapse import Watch
+from hf_ae.cards import write_card
+from hf_ae.collapse import Watch, generative_collapse
 from hf_ae.data import (
     ImagesInMemory,
     ImageStream,
@@ -39,7 +40,7 @@ from hf_ae.data import (
     to_pixel_values,
 )
 from hf_ae.evaluate import load_model
-from hf_ae.hub import check_login, push_folder, write_card
+from hf_ae.hub import check_login, push_folder
 from hf_ae.plots import labelled_rows
 from hf_ae.pretraining import pretrain_layerwise
 from hf_ae.training import Run, averaged, begin, clear_output, end, make_accelerator, optimize, save_model, show_samples
@@ -184,16 +185,20 @@ def validate(args, run: Run, pixels: torch.Tensor, output: Path):
     model = run.bare_model
     model.eval()
     totals: dict[str, float] = {}
+    codes = None  # of the first batch
     with averaged(model, run.ema):
         for batch in pixels.split(batch_for(pixels[0].numel())):
             values = to_pixel_values(batch, accelerator.device, model.config.pixel_range)
             with accelerator.autocast():
                 result = model(values)
+            codes = result.latents if codes is None else codes
             for name, term in {**result.losses, **(result.measures or {})}.items():
                 totals[name] = totals.get(name, 0.0) + float(term) * len(batch) / len(pixels)
         picture = draw_samples(model, to_pixel_values(pixels[:12], accelerator.device, model.config.pixel_range))
     model.train()
     tqdm.write(f"step {progress.step}: " + "  ".join(f"{name} {value:.4f}" for name, value in totals.items()))
+    for warning in generative_collapse(model, totals, codes):
+        tqdm.write(f"warning: {warning}")
     show_samples(args, run, partial(labelled_rows, picture), output)
     if args.report_to != "none":
         accelerator.log({f"eval/{name}": value for name, value in totals.items()}, step=progress.step)
@@ -239,7 +244,13 @@ def finish(args, run: Run, processor, output: Path, images):
     if accelerator.is_main_process:
         if run.ema is not None:
             run.ema.copy_to(model.parameters())
-        for measured in ("metrics.json", "reconstructions.png", "latent_plane.png"):  # of earlier weights
+        for measured in (
+            "metrics.json",
+            "reconstructions.png",
+            "latent_plane.png",
+            "samples.png",
+            "sampler.safetensors",
+        ):  # of earlier weights
             (output / measured).unlink(missing_ok=True)
         if hasattr(model.config, "kl_weight") and model.config.latent_channels is not None:
             model.config.scaling_factor = latent_scale(model, images)

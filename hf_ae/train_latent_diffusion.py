@@ -29,9 +29,10 @@ from hf_ae.arguments import (
     write_recipe,
 )
 from hf_ae.captions import Captions, all_text_states, cached_latents, text_states, tokenize
+from hf_ae.cards import write_card
 from hf_ae.data import image_column, num_batches, open_dataset, pick_split
 from hf_ae.generate import load_pipeline
-from hf_ae.hub import check_login, push_folder, write_card
+from hf_ae.hub import check_login, push_folder
 from hf_ae.latent_diffusion import LatentDiffusion, make_unet
 from hf_ae.pipeline_folder import save_pipeline
 from hf_ae.plots import image_grid

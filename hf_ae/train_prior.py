@@ -26,6 +26,7 @@ from hf_ae.arguments import (
     parse_overrides,
     write_recipe,
 )
+from hf_ae.cards import write_card
 from hf_ae.data import (
     ImagesInMemory,
     batch_for,
@@ -38,7 +39,7 @@ from hf_ae.data import (
     to_pixel_values,
 )
 from hf_ae.evaluate import load_model
-from hf_ae.hub import check_login, push_folder, write_card
+from hf_ae.hub import check_login, push_folder
 from hf_ae.modeling_code_prior import CodePrior
 from hf_ae.modeling_vqvae import VQVAEModel
 from hf_ae.plots import image_grid

@@ -107,8 +107,16 @@ class KernelMuon(torch.optim.Muon):
 
 
 def make_optimizers(model, args: TrainingArguments) -> list[torch.optim.Optimizer]:
+    """One or two for the model, and AdamW with β₁ = 0.5, as usual in adversarial training, for its discriminator if it has one."""
+    judge = [] if getattr(model, "discriminator", None) is None else list(model.discriminator.parameters())
+    rate, fused = args.discriminator_learning_rate or args.learning_rate, next(model.parameters()).device.type in ("cpu", "cuda")
+    optimizers = optimizers_of(model, args, leave_out=set(judge))
+    return [*optimizers, torch.optim.AdamW(judge, rate, betas=(0.5, 0.99), weight_decay=0.0, fused=fused)] if judge else optimizers
+
+
+def optimizers_of(model, args: TrainingArguments, leave_out: set) -> list[torch.optim.Optimizer]:
     """AdamW, or Muon for the weights of layers (not embeddings and codebooks) with AdamW for everything else."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    parameters = [p for p in model.parameters() if p.requires_grad and p not in leave_out]
     fused = parameters[0].device.type in ("cpu", "cuda")
     if args.optimizer == "adamw":
         return [torch.optim.AdamW(parameters, args.learning_rate, weight_decay=args.weight_decay, fused=fused)]
@@ -276,7 +284,7 @@ def take_steps(args, run, batches, forward, validate, output):
             for batch in batches(args.train_batch_size, progress.epoch, start=progress.batch, **share):
                 with accelerator.accumulate(run.model):
                     result = forward(batch)
-                    accelerator.backward(result.loss)
+                    accelerator.backward(result.loss)  # of a model and its discriminator: each gets the gradient of its own terms
                     if accelerator.sync_gradients:
                         if args.max_grad_norm is not None:
                             accelerator.clip_grad_norm_(parameters, args.max_grad_norm)

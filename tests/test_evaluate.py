@@ -13,9 +13,10 @@ from conftest import SAMPLE
 from huggingface_hub import ModelCard
 from PIL import Image
 
+from hf_ae.cards import write_card
 from hf_ae.cli import main
 from hf_ae.evaluate import evaluate
-from hf_ae.hub import check_folder, write_card
+from hf_ae.hub import check_folder
 from hf_ae.train import train
 
 

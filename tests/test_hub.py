@@ -124,7 +124,8 @@ def client_push_folder(folder, repo_id, private_id, dry_id):
     from huggingface_hub import model_info
 
     import hf_ae
-    from hf_ae.hub import push_folder, write_card
+    from hf_ae.cards import write_card
+    from hf_ae.hub import push_folder
 
     model = hf_ae.VAEModel(hf_ae.VAEConfig(hidden_sizes=[8], latent_dim=2))
     model.save_pretrained(folder)

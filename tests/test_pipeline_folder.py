@@ -17,8 +17,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModel, BertConfig, BertModel, PreTrainedTokenizerFast
 
 import hf_ae
+from hf_ae.cards import write_card
 from hf_ae.cli import main
-from hf_ae.hub import check_folder, refresh, write_card
+from hf_ae.hub import check_folder, refresh
 from hf_ae.pipeline_folder import bundle, code_files, save_pipeline
 from hf_ae.pipelines import CaptionPrior, TextToImagePipeline
 
