@@ -158,20 +158,23 @@ def rivals_section(metrics: dict) -> list[str]:
     """Tables of what benchmarks/rate_distortion.py measured against other formats, [] where it did not."""
     rivals, parts = ("JPEG", "WebP", "AVIF"), []
     if kodak := metrics.get("kodak"):
-        rows = {"PSNR": "bd_rate_psnr_{}", "PSNR, headers stripped": "bd_rate_psnr_{}_stripped", "MS-SSIM": "bd_rate_ms_ssim_{}"}
-        table = [f"| {name} | " + " | ".join(f"{kodak[key.format(r)]:+.1f} %" for r in rivals) + " |" for name, key in rows.items()]
+        keys = {"PSNR": "bd_rate_psnr_{}", "PSNR, headers stripped": "bd_rate_psnr_{}_stripped", "MS-SSIM": "bd_rate_ms_ssim_{}"}
+        lines = [f"| {name} | " + " | ".join(f"{kodak[key.format(r)]:+.1f} %" for r in rivals) + " |" for name, key in keys.items()]
         head = "| bytes at equal | " + " | ".join(f"against {r}" for r in rivals) + " |\n| --- | ---: | ---: | ---: |\n"
-        parts.append(f"{kodak['pictures']} Kodak photos, 0.1 to 1.0 bits per pixel (BD-rate, whole files):\n\n{head}" + "\n".join(table))
+        parts.append(f"{kodak['pictures']} Kodak photos, 0.1 to 1.0 bits per pixel (BD-rate, whole files):\n\n{head}" + "\n".join(lines))
     for data in ("fashion", "emoji"):
-        if rows := metrics.get(data):
-            table = (
-                "| quality | PSNR (dB) | bytes | JPEG | WebP | AVIF | of the best | of the best, headers stripped |\n" + "| ---: " * 8 + "|"
+        lines = []
+        for row in metrics.get(data, {}).values():
+            cells = [f"{row['quality']:g}", f"{row['psnr']:.1f}", f"{row['bytes']:.0f}", *(f"{row[f'bytes_{r}']:.0f}" for r in rivals)]
+            cells += [f"{row['share_of_best']:.1%}", f"{row['share_of_best_stripped']:.1%}"]
+            lines.append("| " + " | ".join(cells) + " |")
+        if lines:
+            head = (
+                "| quality | PSNR (dB) | bytes | JPEG | WebP | AVIF | of the best | of the best, headers stripped |\n"
+                + "| ---: " * 8
+                + "|\n"
             )
-            for row in rows.values():
-                cells = [f"{row['quality']:g}", f"{row['psnr']:.1f}", f"{row['bytes']:.0f}", *(f"{row[f'bytes_{r}']:.0f}" for r in rivals)]
-                cells += [f"{row['share_of_best']:.1%}", f"{row['share_of_best_stripped']:.1%}"]
-                table += "\n| " + " | ".join(cells) + " |"
-            parts.append(f"Bytes of a file at the same PSNR, picture by picture, means:\n\n{table}")
+            parts.append(f"Bytes of a file at the same PSNR, picture by picture, means:\n\n{head}" + "\n".join(lines))
     if speed := metrics.get("speed"):
         parts.append(
             f"A {speed['picture']} photo is encoded in {speed['encode_s']:.2f} s and decoded in {speed['decode_s']:.2f} s with "
