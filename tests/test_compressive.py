@@ -26,6 +26,7 @@ from hf_ae.entropy_models import (
     round_straight_through,
     table_reach,
 )
+from hf_ae.modeling_compressive import ms_ssim
 
 
 def shaken(name="compressive", amount=0.05):
@@ -225,13 +226,25 @@ def test_steps_cover_every_position_once_and_no_value_sees_itself_or_later_ones(
 def test_ms_ssim_matches_torchmetrics_and_trains():
     from torchmetrics.functional.image import multiscale_structural_similarity_index_measure as reference
 
-    from hf_ae.modeling_compressive import ms_ssim
-
     x = torch.nn.functional.interpolate(torch.rand(2, 3, 40, 40), (176, 192), mode="bicubic").clamp(0, 1)
     y = (x + 0.05 * torch.randn_like(x)).clamp(0, 1)
     torch.testing.assert_close(ms_ssim(x, y).mean(), reference(y, x, data_range=1.0), atol=2e-3, rtol=0)
     with pytest.raises(ValueError, match="161"):
         hf_ae.CompressiveAutoencoderConfig(image_size=64, reconstruction_loss="ms_ssim")
+
+
+def test_distortion_with_ms_ssim_is_computed_in_float32_under_autocast():
+    fields = dict(
+        image_size=176, reconstruction_loss="mse+ms_ssim", hidden_sizes=[8], patch_size=4, latent_channels=8, hyper_channels=[4, 4]
+    )
+    model = hf_ae.CompressiveAutoencoderModel(hf_ae.CompressiveAutoencoderConfig(**fields))
+    x = torch.nn.functional.interpolate(torch.rand(2, 3, 20, 20), (176, 176), mode="bicubic").clamp(0, 1)
+    y = (x + 0.01 * torch.randn_like(x)).clamp(0, 1)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = model.distortion(y, x)
+    error = 255**2 * (x - y).square().flatten(1).mean(1)
+    torch.testing.assert_close(found, error + 1000 * (1 - ms_ssim(y, x)))
+    assert (found > error).all()
 
 
 def test_muon_leaves_quality_tables_to_adamw():
