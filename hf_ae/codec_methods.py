@@ -324,6 +324,6 @@ def read_indices(model, file: File) -> torch.Tensor:
 
 def check_size(model, size, error: type[ValueError]):
     """Raise `error` where a model with a vector code does not take pictures of this height and width."""
-    height, width = model.config.image_hw
-    if not stride_of(model) and list(size) != [height, width]:
+    if not stride_of(model) and list(size) != model.config.image_hw:
+        height, width = model.config.image_hw
         raise error(f"This model has a vector code and takes pictures of {height}×{width} pixels alone, not {tuple(size)}.")
