@@ -3,8 +3,8 @@
     python benchmarks/rate_distortion.py [kodak|fashion|emoji|speed …] [--kodak FOLDER] [--pictures N]
 
 kodak: curves of PSNR and MS-SSIM (LPIPS too, where the package lpips is installed) over bits per pixel, BD-rates between 0.1
-and 1.0 bpp, a plot. fashion, emoji: bytes at the same PSNR, picture by picture. speed: seconds to encode and to decode a Kodak
-picture. Sizes are those of whole files unless "stripped" stands beside them. Results are added to metrics.json of the model
+and 1.0 bpp, a plot and the panel of a round trip. fashion, emoji: bytes at the same PSNR, picture by picture; a panel. speed:
+seconds to encode and to decode a Kodak picture. Sizes are those of whole files unless "stripped" stands beside them. Results are added to metrics.json of the model
 measured. FOLDER is a dataset of the Kodak photos, outputs/emoji is made by model_cards/emoji-text-to-image/dataset.py.
 """
 
@@ -27,7 +27,7 @@ from hf_ae.bitstream import unpack
 from hf_ae.codec import ENCODER_ONLY, compress, decompress, load_codec_model
 from hf_ae.data import image_column, open_dataset, pick_split
 from hf_ae.image_processing import to_mode
-from hf_ae.pipelines.vae_roundtrip import encode_as
+from hf_ae.pipelines.vae_roundtrip import VAERoundTripPipeline, encode_as
 
 CARDS = Path(__file__).resolve().parent.parent / "model_cards"
 QUALITIES = [i / 8 for i in range(9)]
@@ -155,6 +155,7 @@ def kodak(args) -> dict:
         result[f"bd_rate_psnr_{name}_stripped"] = bd_rate(ours, curves[name], rate="bpp_stripped")
         result[f"bd_rate_ms_ssim_{name}"] = bd_rate(ours, curves[name], "ms_ssim")
     plot(curves, CARDS / "photo-compressive" / "rate_distortion.png")
+    panel(model, originals[6 % len(originals)], 0.25, "photo")
     return result | {"curve": ours}
 
 
@@ -178,6 +179,13 @@ def plot(curves: dict, path: Path):
     axes[0].legend(fontsize=9)
     figure.savefig(path)
     plt.close(figure)
+
+
+def panel(model, picture: Image.Image, quality: float, name: str):
+    """The round trip of a picture, beside other formats, for the card."""
+    drawn = VAERoundTripPipeline(model)(picture, quality=quality).panel
+    drawn.thumbnail((1500, 1500), Image.Resampling.LANCZOS)
+    drawn.save(CARDS / f"{name}-compressive" / "roundtrip.jpg", quality=92, subsampling=0)
 
 
 def equal_psnr(model, originals: list[Image.Image], quality: float) -> dict:
@@ -218,14 +226,16 @@ def fashion(args) -> dict:
     """Fashion-MNIST test pictures."""
     originals = pictures(args.fashion, "test", 1, args.pictures or 300)
     model = load_codec_model(str(CARDS / "fashion-compressive"))
-    return {f"quality_{q}": equal_psnr(model, originals, q) for q in (0.25, 0.5, 0.75)}
+    panel(model, originals[0], 0.5, "fashion")
+    return {f"quality_{q}": equal_psnr(model, originals, q) for q in (0, 0.25, 0.5, 0.75)}
 
 
 def emoji(args) -> dict:
     """Held-out emoji of 64×64 pixels."""
     originals = pictures(args.emoji, "test", 3, args.pictures or 165, 64)
     model = load_codec_model(str(CARDS / "emoji-compressive"))
-    return {f"quality_{q}": equal_psnr(model, originals, q) for q in (0.25, 0.5, 0.75)}
+    panel(model, originals[2], 0.5, "emoji")
+    return {f"quality_{q}": equal_psnr(model, originals, q) for q in (0, 0.25, 0.5, 0.75)}
 
 
 def speed(args) -> dict:

@@ -110,7 +110,7 @@ def picture_section(folder: Path) -> list[str]:
         "samples.png": "Pictures drawn from prompts" if (folder / "model_index.json").is_file() else "Generated pictures",
         "samples-of-captions.png": "Pictures drawn from captions of the dataset",
         "rate_distortion.png": "Kodak's photos: quality against the size of the file",
-        "roundtrip.png": "A picture through a file and back, beside other formats at that size",
+        "roundtrip.jpg": "A picture through a file and back, beside other formats at that size",
         "latent_plane.png": "The latent plane: codes of held-out images, and what the decoder draws all over it",
     }
     return [f"![{text}]({name})" for name, text in captions.items() if (folder / name).is_file()]
