@@ -4,8 +4,9 @@
 
 kodak: curves of PSNR and MS-SSIM (LPIPS too, where the package lpips is installed) over bits per pixel, BD-rates between 0.1
 and 1.0 bpp, a plot and the panel of a round trip. fashion, emoji: bytes at the same PSNR, picture by picture; a panel. speed:
-seconds to encode and to decode a Kodak picture. Sizes are those of whole files unless "stripped" stands beside them. Results are added to metrics.json of the model
-measured. FOLDER is a dataset of the Kodak photos, outputs/emoji is made by model_cards/emoji-text-to-image/dataset.py.
+seconds to encode and to decode a Kodak picture. Sizes are those of whole files unless "stripped" stands beside them. Results
+are added to metrics.json of the model measured. FOLDER is a dataset of the Kodak photos, outputs/emoji is made by
+model_cards/emoji-text-to-image/dataset.py.
 """
 
 import argparse
