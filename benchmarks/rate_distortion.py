@@ -190,28 +190,27 @@ def panel(model, picture: Image.Image, quality: float, name: str):
 
 
 def equal_psnr(model, originals: list[Image.Image], quality: float) -> dict:
-    """Bytes of our files beside those of each rival at the least quality that is as near to the original, summed over pictures."""
+    """Bytes of our files beside those of each rival at the least quality that is as near to the original; means over pictures.
+
+    A rival that does not come as near to a picture at any quality (chroma at half the resolution) is left out for it.
+    """
     ours = [compress(model, p, quality=quality, model_id="") for p in originals]
     wanted = [psnr(p, decompress(data, model)) for p, data in zip(originals, ours)]
-    whole, bare = {name: 0 for name in RIVALS}, {name: 0 for name in RIVALS}
-    best_whole = best_bare = 0
+    sizes = []
     for picture, least in zip(originals, wanted):
         smallest = {name: smallest_file(picture, name, least) for name in RIVALS}
-        sizes = {name: (len(data), stripped(data)) for name, data in smallest.items() if data}
-        best_whole += min(size for size, _ in sizes.values())
-        best_bare += min(size for _, size in sizes.values())
-        for name, (size, bare_size) in sizes.items():
-            whole[name], bare[name] = whole[name] + size, bare[name] + bare_size
-    size, inner = sum(map(len, ours)), sum(map(stripped, ours))
+        sizes.append({name: (len(data), stripped(data)) for name, data in smallest.items() if data})
+    inner = sum(map(stripped, ours))
     return {
-        "quality": quality, "psnr": statistics.mean(wanted), "bytes": size / len(ours), "bytes_stripped": inner / len(ours),
-        **{f"bytes_{name}": total / len(ours) for name, total in whole.items()},
-        "share_of_best": size / best_whole, "share_of_best_stripped": inner / best_bare,
+        "quality": quality, "psnr": statistics.mean(wanted), "bytes": sum(map(len, ours)) / len(ours), "bytes_stripped": inner / len(ours),
+        **{f"bytes_{name}": statistics.mean(found[name][0] for found in sizes if name in found) for name in RIVALS},
+        "share_of_best": sum(map(len, ours)) / sum(min(size for size, _ in found.values()) for found in sizes),
+        "share_of_best_stripped": inner / sum(min(size for _, size in found.values()) for found in sizes),
     }  # fmt: skip
 
 
 def smallest_file(picture: Image.Image, name: str, least: float) -> bytes | None:
-    """The file of the lowest quality that reaches a PSNR; None where none does."""
+    """The file of the lowest quality that reaches a PSNR; where none does, WebP's without loss, and None of the others."""
     low, high, found = 0, 100, None
     while low <= high:
         middle = (low + high) // 2
@@ -220,6 +219,10 @@ def smallest_file(picture: Image.Image, name: str, least: float) -> bytes | None
             found, high = data, middle - 1
         else:
             low = middle + 1
+    if found is None and name == "WebP":
+        buffer = io.BytesIO()
+        picture.save(buffer, "WebP", lossless=True, method=6)
+        found = buffer.getvalue()
     return found
 
 

@@ -346,7 +346,7 @@ class CompressiveAutoencoderConfig(AutoencoderConfig):
     hyper_channels: list[int] = field(default_factory=lambda: [80, 48])
     """Channels inside the hyperprior's networks, and of the hyper-latents (1/4 of the code's height and width)."""
     reconstruction_loss: str = "mse"
-    """The distortion: `mse` (times 255²), or `ms_ssim` (1 - MS-SSIM; images of at least 161 pixels)."""
+    """The distortion: `mse` (times 255²), `ms_ssim` (1 - MS-SSIM; images of at least 161 pixels), or `mse+ms_ssim`."""
     lambda_range: list[float] = field(default_factory=lambda: [0.0006, 0.03])
     """λ of the loss bits per pixel + λ·distortion, at quality 0 and at quality 1; its logarithm is linear between."""
     quality: float = 0.5
@@ -356,7 +356,7 @@ class CompressiveAutoencoderConfig(AutoencoderConfig):
         **AutoencoderConfig.choices,
         "network": ("transform",),
         "latent_activation": ("identity",),
-        "reconstruction_loss": ("mse", "ms_ssim"),
+        "reconstruction_loss": ("mse", "ms_ssim", "mse+ms_ssim"),
     }
 
     def check(self):
@@ -371,8 +371,10 @@ class CompressiveAutoencoderConfig(AutoencoderConfig):
             raise ValueError(f"lambda_range={self.lambda_range} must be two rising positive numbers, such as [0.0006, 0.03].")
         if not 0 <= self.quality <= 1:
             raise ValueError(f"quality={self.quality} must lie between 0 and 1.")
-        if self.reconstruction_loss == "ms_ssim" and min(self.image_hw) < 161:
-            raise ValueError(f"reconstruction_loss='ms_ssim' needs an image_size of at least 161, not {self.image_size}: write 'mse'.")
+        if self.reconstruction_loss != "mse" and min(self.image_hw) < 161:
+            raise ValueError(
+                f"reconstruction_loss={self.reconstruction_loss!r} needs an image_size of at least 161, not {self.image_size}: write 'mse'."
+            )
 
     def check_size(self, height: int, width: int):
         """Any size works: pictures are padded."""

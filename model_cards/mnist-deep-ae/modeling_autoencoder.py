@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.nn import functional as F
@@ -23,22 +24,26 @@ class AutoencoderOutput(ModelOutput):
 
     loss: scalar, the sum of `losses`. losses: the named terms, each summed over an image and averaged over the batch,
     with its weight applied. reconstruction: like `pixel_values`, in the model's pixel range. latents: what `decode` takes.
+    indices: of discrete codes. measures: named numbers to watch that are no part of the loss.
     """
 
     loss: torch.Tensor | None = None
     losses: dict | None = None
     reconstruction: torch.Tensor | None = None
     latents: torch.Tensor | None = None
+    indices: Any = None
+    measures: dict | None = None
 
 
 @dataclass
 class EncoderOutput(ModelOutput):
     """What `encode` returns: latents (batch, latent_dim) or (batch, latent_channels, height, width); `latent_dist` of a
-    VAE; `pool_positions`, one tensor a level, where the decoder unpools at remembered positions."""
+    VAE; `pool_positions`, one tensor a level, where the decoder unpools at remembered positions; `indices` of discrete codes."""
 
     latents: torch.Tensor | None = None
     latent_dist: DiagonalGaussian | None = None
     pool_positions: list | None = None
+    indices: Any = None
 
 
 @dataclass
@@ -121,6 +126,10 @@ class AutoencoderModel(PreTrainedModel):
         """Named terms added to the reconstruction term."""
         return {}
 
+    def measures(self, encoded: EncoderOutput) -> dict[str, torch.Tensor] | None:
+        """Named numbers to watch beside the loss."""
+        return None
+
     # What users call
 
     @with_offload_hook
@@ -158,7 +167,8 @@ class AutoencoderModel(PreTrainedModel):
             **self.penalties(pixel_values, encoded),
         }
         loss = torch.stack([*losses.values()]).sum()
-        output = AutoencoderOutput(loss, losses, reconstruction.to(logits.dtype), encoded.latents)
+        measures = self.measures(encoded)
+        output = AutoencoderOutput(loss, losses, reconstruction.to(logits.dtype), encoded.latents, encoded.indices, measures)
         return output if return_dict else output.to_tuple()
 
     def reconstruction_term(self, logits: torch.Tensor, reconstruction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:

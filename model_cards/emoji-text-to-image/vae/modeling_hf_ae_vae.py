@@ -11,6 +11,7 @@ from transformers import GenerationConfig, PreTrainedConfig
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput, logging
+from typing import Any
 import dataclasses
 import difflib
 import math
@@ -441,7 +442,7 @@ class CompressiveAutoencoderConfig(AutoencoderConfig):
     hyper_channels: list[int] = field(default_factory=lambda: [80, 48])
     """Channels inside the hyperprior's networks, and of the hyper-latents (1/4 of the code's height and width)."""
     reconstruction_loss: str = "mse"
-    """The distortion: `mse` (times 255²), or `ms_ssim` (1 - MS-SSIM; images of at least 161 pixels)."""
+    """The distortion: `mse` (times 255²), `ms_ssim` (1 - MS-SSIM; images of at least 161 pixels), or `mse+ms_ssim`."""
     lambda_range: list[float] = field(default_factory=lambda: [0.0006, 0.03])
     """λ of the loss bits per pixel + λ·distortion, at quality 0 and at quality 1; its logarithm is linear between."""
     quality: float = 0.5
@@ -451,7 +452,7 @@ class CompressiveAutoencoderConfig(AutoencoderConfig):
         **AutoencoderConfig.choices,
         "network": ("transform",),
         "latent_activation": ("identity",),
-        "reconstruction_loss": ("mse", "ms_ssim"),
+        "reconstruction_loss": ("mse", "ms_ssim", "mse+ms_ssim"),
     }
 
     def check(self):
@@ -466,8 +467,10 @@ class CompressiveAutoencoderConfig(AutoencoderConfig):
             raise ValueError(f"lambda_range={self.lambda_range} must be two rising positive numbers, such as [0.0006, 0.03].")
         if not 0 <= self.quality <= 1:
             raise ValueError(f"quality={self.quality} must lie between 0 and 1.")
-        if self.reconstruction_loss == "ms_ssim" and min(self.image_hw) < 161:
-            raise ValueError(f"reconstruction_loss='ms_ssim' needs an image_size of at least 161, not {self.image_size}: write 'mse'.")
+        if self.reconstruction_loss != "mse" and min(self.image_hw) < 161:
+            raise ValueError(
+                f"reconstruction_loss={self.reconstruction_loss!r} needs an image_size of at least 161, not {self.image_size}: write 'mse'."
+            )
 
     def check_size(self, height: int, width: int):
         """Any size works: pictures are padded."""
@@ -873,22 +876,26 @@ class AutoencoderOutput(ModelOutput):
 
     loss: scalar, the sum of `losses`. losses: the named terms, each summed over an image and averaged over the batch,
     with its weight applied. reconstruction: like `pixel_values`, in the model's pixel range. latents: what `decode` takes.
+    indices: of discrete codes. measures: named numbers to watch that are no part of the loss.
     """
 
     loss: torch.Tensor | None = None
     losses: dict | None = None
     reconstruction: torch.Tensor | None = None
     latents: torch.Tensor | None = None
+    indices: Any = None
+    measures: dict | None = None
 
 
 @dataclass
 class EncoderOutput(ModelOutput):
     """What `encode` returns: latents (batch, latent_dim) or (batch, latent_channels, height, width); `latent_dist` of a
-    VAE; `pool_positions`, one tensor a level, where the decoder unpools at remembered positions."""
+    VAE; `pool_positions`, one tensor a level, where the decoder unpools at remembered positions; `indices` of discrete codes."""
 
     latents: torch.Tensor | None = None
     latent_dist: DiagonalGaussian | None = None
     pool_positions: list | None = None
+    indices: Any = None
 
 
 @dataclass
@@ -971,6 +978,10 @@ class AutoencoderModel(PreTrainedModel):
         """Named terms added to the reconstruction term."""
         return {}
 
+    def measures(self, encoded: EncoderOutput) -> dict[str, torch.Tensor] | None:
+        """Named numbers to watch beside the loss."""
+        return None
+
     # What users call
 
     @with_offload_hook
@@ -1008,7 +1019,8 @@ class AutoencoderModel(PreTrainedModel):
             **self.penalties(pixel_values, encoded),
         }
         loss = torch.stack([*losses.values()]).sum()
-        output = AutoencoderOutput(loss, losses, reconstruction.to(logits.dtype), encoded.latents)
+        measures = self.measures(encoded)
+        output = AutoencoderOutput(loss, losses, reconstruction.to(logits.dtype), encoded.latents, encoded.indices, measures)
         return output if return_dict else output.to_tuple()
 
     def reconstruction_term(self, logits: torch.Tensor, reconstruction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
