@@ -37,6 +37,8 @@ RIVALS = {
     "WebP": (0, 5, 10, 20, 30, 40, 50, 60, 70, 80, 85, 90, 95),
     "AVIF": (10, 20, 25, 30, 35, 40, 50, 60, 70, 80, 90),
 }
+VARIANTS: dict[str, list[dict]] = {"JPEG": [{}, {"subsampling": 0}], "WebP": [{}], "AVIF": [{}, {"subsampling": "4:4:4"}]}
+"""Ways to encode a small picture, of which each rival takes the best."""
 PUBLISHED = {
     "factorized prior": [(0.1226, 26.909), (0.1885, 28.218), (0.2878, 29.617), (0.4404, 31.277), (0.6481, 32.956), (0.9670, 35.381)],
     "scale hyperprior": [(0.1313, 27.582), (0.2089, 29.197), (0.3199, 30.972), (0.4784, 32.838), (0.6687, 34.526), (0.9388, 36.743)],
@@ -192,7 +194,7 @@ def panel(model, picture: Image.Image, quality: float, name: str):
 def equal_psnr(model, originals: list[Image.Image], quality: float) -> dict:
     """Bytes of our files beside those of each rival at the least quality that is as near to the original; means over pictures.
 
-    A rival that does not come as near to a picture at any quality (chroma at half the resolution) is left out for it.
+    A rival that does not come as near to a picture at any quality is left out for it.
     """
     ours = [compress(model, p, quality=quality, model_id="") for p in originals]
     wanted = [psnr(p, decompress(data, model)) for p, data in zip(originals, ours)]
@@ -210,19 +212,24 @@ def equal_psnr(model, originals: list[Image.Image], quality: float) -> dict:
 
 
 def smallest_file(picture: Image.Image, name: str, least: float) -> bytes | None:
-    """The file of the lowest quality that reaches a PSNR; where none does, WebP's without loss, and None of the others."""
+    """The smallest file that reaches a PSNR, with chroma at half and at full resolution, of WebP also without loss; None where
+    none does."""
+    files = [lowest_quality(picture, name, least, options) for options in VARIANTS[name]]
+    if name == "WebP":
+        files.append(encode_as(picture, name, 100, lossless=True))
+    return min((data for data in files if data), key=len, default=None)
+
+
+def lowest_quality(picture: Image.Image, name: str, least: float, options: dict) -> bytes | None:
+    """The file of the lowest quality that reaches a PSNR."""
     low, high, found = 0, 100, None
     while low <= high:
         middle = (low + high) // 2
-        data = encode_as(picture, name, middle)
+        data = encode_as(picture, name, middle, **options)
         if psnr(picture, of_file(data)) >= least:
             found, high = data, middle - 1
         else:
             low = middle + 1
-    if found is None and name == "WebP":
-        buffer = io.BytesIO()
-        picture.save(buffer, "WebP", lossless=True, method=6)
-        found = buffer.getvalue()
     return found
 
 

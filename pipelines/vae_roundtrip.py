@@ -108,10 +108,10 @@ def measure(original: Image.Image, back: Image.Image, size: int) -> Measured:
     return Measured(back, size, 8 * size / (back.width * back.height), found["psnr"], found.get("ssim", math.nan))
 
 
-def encode_as(picture: Image.Image, name: str, quality: int) -> bytes:
-    """A picture in another format at a quality of 0 to 100."""
+def encode_as(picture: Image.Image, name: str, quality: int, **options) -> bytes:
+    """A picture in another format at a quality of 0 to 100; `options` of Pillow's encoder."""
     buffer = io.BytesIO()
-    picture.save(buffer, name, quality=quality, **FORMATS[name])
+    picture.save(buffer, name, quality=quality, **{**FORMATS[name], **options})
     return buffer.getvalue()
 
 
