@@ -4,9 +4,9 @@
 
 kodak: curves of PSNR and MS-SSIM (LPIPS too, where the package lpips is installed) over bits per pixel, BD-rates between 0.1
 and 1.0 bpp, a plot and the panel of a round trip. fashion, emoji: bytes at the same PSNR, picture by picture; a panel. speed:
-seconds to encode and to decode a Kodak picture. Sizes are those of whole files unless "stripped" stands beside them. Results
-are added to metrics.json of the model measured. FOLDER is a dataset of the Kodak photos, outputs/emoji is made by
-model_cards/emoji-text-to-image/dataset.py.
+seconds to encode and to decode a Kodak picture, and how well symbols are coded. Sizes are those of whole files unless
+"stripped" stands beside them. Results are added to metrics.json of the model measured, after `hf-ae evaluate`. FOLDER is a
+dataset of the Kodak photos, outputs/emoji is made by model_cards/emoji-text-to-image/dataset.py.
 """
 
 import argparse
@@ -250,7 +250,8 @@ def emoji(args) -> dict:
 
 
 def speed(args) -> dict:
-    """Median seconds for one Kodak picture after loading, and the size of what decoding needs."""
+    """Median seconds for one Kodak picture after loading, the bits written beside the model's own estimate, and the size of what
+    decoding needs."""
     model = load_codec_model(str(CARDS / "photo-compressive"))
     picture = pictures(args.kodak, "test", 3, 1)[0]
     encoding, decoding = [], []
@@ -262,12 +263,31 @@ def speed(args) -> dict:
         if round_:
             encoding.append(middle - started)
             decoding.append(time.perf_counter() - middle)
+    overheads = [bits_written(model, picture, quality) - 1 for quality in (0.0, 0.25, 0.5, 0.75, 1.0)]
     weights = {name: tensor.numel() for name, tensor in model.state_dict().items()}
     decoder = sum(n for name, n in weights.items() if not name.startswith(ENCODER_ONLY))
     return {
         "picture": f"{picture.width}×{picture.height}", "threads": torch.get_num_threads(), "encode_s": statistics.median(encoding),
-        "decode_s": statistics.median(decoding), "decoder_values": decoder, "all_values": sum(weights.values()),
+        "decode_s": statistics.median(decoding), "entropy_coding_overhead": [min(overheads), max(overheads)],
+        "decoder_values": decoder, "all_values": sum(weights.values()),
     }  # fmt: skip
+
+
+def bits_written(model, picture: Image.Image, quality: float) -> float:
+    """Bits of the symbols in a file, as a share of what the model estimates for them, window by window as the codec works."""
+    code_of, estimates = model.quantize, []
+
+    def watched(code, level):
+        quantized = code_of(code, level)
+        estimates.append(float(quantized.bits + quantized.hyper_bits))
+        return quantized
+
+    model.quantize = watched
+    try:
+        body = unpack(compress(model, picture, quality=quality, model_id="")).body
+    finally:
+        del model.quantize
+    return 8 * (len(body) - 1) / sum(estimates)
 
 
 PARTS = {"kodak": (kodak, "photo"), "fashion": (fashion, "fashion"), "emoji": (emoji, "emoji"), "speed": (speed, "photo")}

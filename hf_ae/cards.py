@@ -178,7 +178,9 @@ def rivals_section(metrics: dict) -> list[str]:
     if speed := metrics.get("speed"):
         parts.append(
             f"A {speed['picture']} photo is encoded in {speed['encode_s']:.2f} s and decoded in {speed['decode_s']:.2f} s with "
-            f"{speed['threads']} threads; decoding takes {speed['decoder_values']:,} of the {speed['all_values']:,} weights."
+            f"{speed['threads']} threads. Its file is {speed['entropy_coding_overhead'][0]:+.2%} to "
+            f"{speed['entropy_coding_overhead'][1]:+.2%} longer than the model's own estimate of the bits. "
+            f"Decoding takes {speed['decoder_values']:,} of the {speed['all_values']:,} weights."
         )
     command = "Printed by `benchmarks/rate_distortion.py` of the source repository."
     return ["## Against other formats", *parts, command] if parts else []
