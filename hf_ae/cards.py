@@ -178,8 +178,8 @@ def rivals_section(metrics: dict) -> list[str]:
     if speed := metrics.get("speed"):
         parts.append(
             f"A {speed['picture']} photo is encoded in {speed['encode_s']:.2f} s and decoded in {speed['decode_s']:.2f} s with "
-            f"{speed['threads']} threads. Its file is {speed['entropy_coding_overhead'][0]:+.2%} to "
-            f"{speed['entropy_coding_overhead'][1]:+.2%} longer than the model's own estimate of the bits. "
+            f"{speed['threads']} threads. Its symbols take {speed['entropy_coding_overhead'][0]:+.2%} to "
+            f"{speed['entropy_coding_overhead'][1]:+.2%} more bits than the model estimates. "
             f"Decoding takes {speed['decoder_values']:,} of the {speed['all_values']:,} weights."
         )
     command = "Printed by `benchmarks/rate_distortion.py` of the source repository."
