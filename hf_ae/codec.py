@@ -174,7 +174,9 @@ def ready(model):
 def load_codec_model(name: str, subfolder: str = ""):
     """A model of ours, or diffusers' AutoencoderKL or AutoencoderTiny, in eval mode, from a folder or the Hub. Raises ValueError."""
     from diffusers import AutoencoderKL, AutoencoderTiny
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     kinds = {cls.__name__: cls for cls in (AutoencoderKL, AutoencoderTiny)}
     if name.count("/") != 1 and not Path(name).is_dir():
         raise ValueError(f"The model {name} is neither a folder nor a Hub id (owner/name).")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 SAMPLE = CHECKOUT / "tests" / "data" / "fashion_mnist_sample"
+EMOJI = CHECKOUT / "tests" / "data" / "noto_emoji_sample"
 
 
 def run(output: Path, seconds: int):
@@ -23,16 +24,19 @@ def run(output: Path, seconds: int):
     print("1. Pictures from prompts, by emoji-text-to-image")
     draw_prompts(output / "prompts.png")
 
-    print("\n2. Shipped models on 12 held-out images of the bundled sample")
+    print("\n2. A picture through a file and back, by emoji-compressive")
+    compress(output / "file_and_back.png")
+
+    print("\n3. Shipped models on 12 held-out images of the bundled sample")
     round_trip(output / "shipped_models.png")
 
-    print(f"\n3. A variational autoencoder, trained for about {seconds} s on the bundled 2,000 images of Fashion-MNIST")
+    print(f"\n4. A variational autoencoder, trained for about {seconds} s on the bundled 2,000 images of Fashion-MNIST")
     trained = output / "my-vae"
     started = time.perf_counter()
     train(trained, steps=seconds * 25)
     print(f"   trained in {time.perf_counter() - started:.0f} s, start-up included")
 
-    print("\n4. Reloaded from its folder and measured on 500 held-out images")
+    print("\n5. Reloaded from its folder and measured on 500 held-out images")
     metrics = evaluate(trained, str(SAMPLE), tasks="reconstruction")
     print(f"   PSNR {metrics['reconstruction']['psnr']:.2f} dB; PCA with as many components: {metrics['pca']['psnr']:.2f} dB")
     model = load_model(trained)[0]
@@ -42,7 +46,13 @@ def run(output: Path, seconds: int):
 
     image_grid(samples, 10, output / "new_images.png", cell=56)
     print("\nPictures:")
-    for path in (output / "prompts.png", output / "shipped_models.png", trained / "reconstructions.png", output / "new_images.png"):
+    for path in (
+        output / "prompts.png",
+        output / "file_and_back.png",
+        output / "shipped_models.png",
+        trained / "reconstructions.png",
+        output / "new_images.png",
+    ):
         if path.is_file():
             print(f"   {path}")
     print(f"The trained model, ready for  hf-ae push {trained} --repo you/my-vae :\n   {trained}")
@@ -65,6 +75,24 @@ def draw_prompts(path: Path):
     pixels = pipe(PROMPTS, seed=[0] * len(PROMPTS), output_type="pt").images
     print(f"   {len(PROMPTS)} pictures in {time.perf_counter() - started:.1f} s")
     image_grid(pixels, 8, path, cell=128, gap=12, captions=PROMPTS)
+
+
+def compress(path: Path):
+    """A bundled emoji beside what comes back from its compressed file, and the same as JPEG, WebP and AVIF."""
+    from .data import image_column, open_dataset
+    from .image_processing import to_mode
+    from .pipelines.vae_roundtrip import VAERoundTripPipeline
+
+    folder = CHECKOUT / "model_cards" / "emoji-compressive"
+    if not (folder / "model.safetensors").is_file():
+        return
+    rows = next(iter(open_dataset(str(EMOJI)).values()))
+    picture = to_mode(rows[0][image_column(rows)], 3).resize((64, 64))
+    result = VAERoundTripPipeline.from_pretrained(folder)(picture, quality=0.5)
+    print(f"   {result.decoded.size} bytes, PSNR {result.decoded.psnr:.1f} dB; in other formats, at the nearest size that they can have:")
+    for name, other in result.others.items():
+        print(f"   {name} {other.size} bytes, PSNR {other.psnr:.1f} dB")
+    result.panel.save(path)
 
 
 def round_trip(path: Path):
