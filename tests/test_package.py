@@ -24,7 +24,7 @@ PIPELINES = sorted(p.parent for p in ROOT.glob("model_cards/*/model_index.json")
 @pytest.mark.parametrize("folder", CARDS, ids=lambda p: p.name)
 def test_shipped_checkpoint_is_complete_small_and_carries_the_code_of_this_checkout(folder):
     files = check_folder(folder)
-    assert {"recipe.yaml", "metrics.json", "reconstructions.png"} <= set(files)
+    assert {"recipe.yaml", "metrics.json"} <= set(files) and {"reconstructions.png", "roundtrip.jpg"} & set(files)
     assert (folder / "model.safetensors").stat().st_size < 8_000_000
     for name in (f for f in files if f.endswith(".py")):
         assert (folder / name).read_text() == (ROOT / "hf_ae" / name).read_text(), f"{name}: run make cards"

@@ -86,6 +86,8 @@ batch = next(images.batches(32 // accelerator.num_processes, 0, rank=accelerator
 accelerator.backward(model(to_pixel_values(batch, accelerator.device, (0.0, 1.0))).loss)
 if accelerator.is_main_process:
     torch.save([p.grad for p in model.parameters()], sys.argv[2])
+accelerator.wait_for_everyone()
+accelerator.end_training()
 """
     script = tmp_path / "child.py"
     script.write_text(child)
