@@ -11,7 +11,7 @@ import torch
 
 from .data import ImagesInMemory, binarized_once, image_column, pick_split
 from .feature_network import FeatureNetwork, features_of, load_feature_network
-from .generation_metrics import classification_accuracy, distances
+from .generation_metrics import accuracy, distances, train_classifier
 from .sampling import FILE, KINDS, Sampler, encode_all, fit, read_labels, sample
 
 IMAGES = 10_000
@@ -70,27 +70,32 @@ def find_sampler(model, folder: str, wanted: str | None, train_pixels: Callable,
     return fit(encode_all(model, train_pixels()), wanted, labels)
 
 
-def measure_generation(drawer: Drawer, real: torch.Tensor, train: torch.Tensor, network, labels: torch.Tensor | None = None):
+def measure_generation(drawer: Drawer, real: torch.Tensor, train: torch.Tensor, network, labels=None, train_labels=None):
     """(metrics, pictures): as many pictures as there are of `real` (images, channels, height, width), in 0…1.
 
     fid, kid, precision, recall, density, coverage in features of `network`; `floor`: the same for as many training pictures,
-    which no generator should beat by much; seconds_per_image; with classes, classification_accuracy: of a classifier
-    trained on drawn pictures alone, on `real`.
+    which no generator should beat by much; seconds_per_image. A drawer with classes is asked for them in turn; with the
+    `labels` (images,) of `real` and of `train` also classification_accuracy: of a classifier trained on drawn pictures alone, on
+    `real` (Ravuri and Vinyals 2019; floor: trained on real ones), and asked_class: the share of drawn pictures that the
+    classifier trained on real ones gives the class that was asked for (Shmelkov et al. 2018; floor: that of `real`).
     """
+    asked = torch.arange(len(real)) % drawer.num_classes if drawer.num_classes else None
     started = time.perf_counter()
-    pictures = eight_bits(drawer.draw(len(real), None))
+    pictures = eight_bits(drawer.draw(len(real), asked))
     seconds = time.perf_counter() - started
     wanted = features_of(network, real)
     metrics: dict = {"images": len(real), "sampler": drawer.name, **distances(wanted, features_of(network, pictures))}
     metrics["seconds_per_image"] = seconds / len(pictures)
     metrics["floor"] = distances(wanted, features_of(network, train[: len(real)]))
-    if drawer.num_classes and labels is not None:
-        asked = torch.arange(len(real)) % drawer.num_classes
-        drawn = eight_bits(drawer.draw(len(asked), asked))
-        torch.manual_seed(0)
-        judge = FeatureNetwork(int(max(labels.max(), asked.max())) + 1, real.shape[1])
-        metrics["classification_accuracy"] = classification_accuracy(drawn, asked, real, labels, judge)
-        pictures = drawn
+    if asked is not None and labels is not None and train_labels is not None:
+
+        def classifier(shown, classes):
+            torch.manual_seed(0)
+            return train_classifier(FeatureNetwork(int(max(labels.max(), asked.max())) + 1, real.shape[1]), shown, classes)
+
+        of_drawn, of_real = classifier(pictures, asked), classifier(train, train_labels)
+        metrics |= {"classification_accuracy": accuracy(of_drawn, real, labels), "asked_class": accuracy(of_real, pictures, asked)}
+        metrics["floor"] |= dict.fromkeys(("classification_accuracy", "asked_class"), accuracy(of_real, real, labels))
     return metrics, pictures
 
 
@@ -112,11 +117,11 @@ def evaluate_generation(request, model, processor, parts, dataset, column: str, 
 
     classes = None if request.label_column is None else read_labels(train, request.label_column)
     name = request.label_column or "label"
-    labels = read_labels(dataset, name)[: len(real)] if name in dataset.column_names else None
+    known = [read_labels(rows, name)[: len(real)] if name in rows.column_names else None for rows in (dataset, train)]
     drawer = drawer_of(model, find_sampler(model, request.model, request.sampler, train_pixels, classes))
     network = load_feature_network(request.feature_network)
     floor = train_pixels(len(real)).float() / 255
-    metrics, pictures = measure_generation(drawer, real.float() / 255, floor, network, labels)
+    metrics, pictures = measure_generation(drawer, real.float() / 255, floor, network, *known)
     return {**metrics, "features": request.feature_network or "hf_ae"}, pictures
 
 

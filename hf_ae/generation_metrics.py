@@ -85,24 +85,27 @@ def radii(points: torch.Tensor, ks: tuple[int, ...]) -> dict[int, torch.Tensor]:
     return {k: nearest[:, k] for k in ks}
 
 
-def classification_accuracy(fake: torch.Tensor, fake_labels, real: torch.Tensor, real_labels, network: Any, steps: int = 500) -> float:
-    """Share of the real pictures that a classifier gets right which saw generated ones alone (Ravuri and Vinyals 2019).
+def train_classifier(network: Any, pictures: torch.Tensor, labels: torch.Tensor, steps: int = 500) -> Any:
+    """`network`, which is new and has a method `classify` -> logits, after `steps` steps of 100 pictures; in eval mode.
 
-    Pictures (images, channels, height, width) in 0…1. `network` is new, with a method `classify` -> logits; it takes `steps`
-    steps of 100 pictures.
+    Pictures (images, channels, height, width) in 0…1, labels (images,).
     """
     generator = torch.Generator().manual_seed(0)
     optimizer = torch.optim.AdamW(network.parameters(), 3e-3, weight_decay=1e-2)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
     network.train()
     for _ in range(steps):
-        rows = torch.randint(len(fake), (100,), generator=generator)
-        loss = F.cross_entropy(network.classify(fake[rows]), fake_labels[rows])
+        rows = torch.randint(len(pictures), (100,), generator=generator)
+        loss = F.cross_entropy(network.classify(pictures[rows]), labels[rows])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
-    network.eval()
-    with torch.no_grad():
-        guesses = torch.cat([network.classify(x).argmax(1) for x in real.split(500)])
-    return (guesses == real_labels).float().mean().item()
+    return network.eval()
+
+
+@torch.no_grad()
+def accuracy(network: Any, pictures: torch.Tensor, labels: torch.Tensor) -> float:
+    """Share of the pictures whose label the classifier names."""
+    guesses = torch.cat([network.classify(x).argmax(1) for x in pictures.split(500)])
+    return (guesses == labels).float().mean().item()

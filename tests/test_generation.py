@@ -17,7 +17,7 @@ from hf_ae.cli import main
 from hf_ae.collapse import discriminator_wins, generative_collapse, posterior_collapse
 from hf_ae.evaluate import evaluate
 from hf_ae.generation import drawer_of, drawer_of_pipeline, measure_generation
-from hf_ae.generation_metrics import classification_accuracy, distances, frechet, kernel, neighbourhoods
+from hf_ae.generation_metrics import accuracy, distances, frechet, kernel, neighbourhoods, train_classifier
 from hf_ae.hub import check_folder
 from hf_ae.train import ImageTrainingArguments, train
 
@@ -221,10 +221,9 @@ def test_a_network_of_ones_own_and_a_pipeline_are_measured_by_the_same_function(
 def test_a_classifier_learns_from_generated_pictures_what_their_labels_say():
     pictures, labels = sample_pictures("train")
     held_out, wanted = sample_pictures()
-    torch.manual_seed(0)
-    right = classification_accuracy(pictures, labels, held_out, wanted, feature_network.FeatureNetwork(10), steps=150)
-    torch.manual_seed(0)
-    wrong = classification_accuracy(pictures, labels.roll(1), held_out, wanted, feature_network.FeatureNetwork(10), steps=150)
+    networks = [feature_network.FeatureNetwork(10) for _ in range(2)]
+    right = accuracy(train_classifier(networks[0], pictures, labels, steps=150), held_out, wanted)
+    wrong = accuracy(train_classifier(networks[1], pictures, labels.roll(1), steps=150), held_out, wanted)
     assert right > 0.6 and wrong < 0.3
 
 
@@ -255,6 +254,7 @@ def test_evaluate_measures_samples_beside_real_pictures(trained, capsys):
     draws(*flags, "--sampler", "gaussian", "--label_column", "label")
     again = json.loads((folder / "metrics.json").read_text())
     assert again["generation"]["sampler"] == "gaussian" and 0.3 < again["generation"]["classification_accuracy"] < 1
+    assert again["generation"]["asked_class"] > 0.3 and again["generation"]["floor"]["asked_class"] > 0.5
     assert "--sampler gaussian --label_column label" in again["generation"]["command"]
 
 

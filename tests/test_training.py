@@ -49,7 +49,8 @@ def run(processes, *flags):
 @pytest.mark.parametrize("processes", [1, 2])
 def test_killed_and_resumed_gives_bitwise_the_weights_of_an_uninterrupted_run(processes, tmp_path):
     """SIGKILL to every process once the second checkpoint is there; benchmarks/kill_and_resume.py does it ten times."""
-    extra = ["--optimizer", "muon", "--gradient_accumulation_steps", "2"] if processes == 1 else []
+    adversarial = ["--model_type", "hf_ae_vaegan", "--config_overrides", "hidden_sizes=[16],latent_dim=4,discriminator_channels=[4,8]"]
+    extra = ["--optimizer", "muon", "--gradient_accumulation_steps", "2"] if processes == 1 else adversarial
     run(processes, "--output_dir", tmp_path / "whole", *extra)
     child = subprocess.Popen(
         command(processes, "--output_dir", tmp_path / "cut", *extra),
