@@ -14,12 +14,29 @@ import torch
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
-from .data import ImagesInMemory, batch_for, row_batches, to_pixel_values
+from .data import ImagesInMemory, batch_for, read_texts, row_batches, to_pixel_values
+from .image_processing import AutoencoderImageProcessor
 
 SHARD = 512
 """Pictures in one file of the latent cache."""
 KEEP_STATES = 2**31
 """Text states of so many bytes are computed once and kept; more are computed in each step."""
+
+
+def picture_processor(vae, image_size: int | None = None) -> AutoencoderImageProcessor:
+    """The image processor that fits an autoencoder, one of ours or diffusers' AutoencoderKL, for pictures of `image_size`."""
+    ours = hasattr(vae.config, "image_hw")
+    height, width = vae.config.image_hw if ours else [vae.config.sample_size] * 2
+    scale = 2 ** (len(vae.config.block_out_channels) - 1)
+    if image_size is not None:
+        if image_size < scale or image_size % scale:
+            raise ValueError(
+                f"image_size={image_size} does not divide by {scale}, the pixels of a latent position: write a multiple of it."
+            )
+        height = width = image_size
+    channels, pixel_range = (vae.config.num_channels, vae.config.pixel_range) if ours else (vae.config.in_channels, [-1.0, 1.0])
+    fields: dict = {"num_channels": channels, "pixel_range": list(pixel_range)}
+    return AutoencoderImageProcessor(size={"height": height, "width": width}, **fields)
 
 
 @torch.no_grad()
@@ -57,14 +74,14 @@ def weights_hash(model) -> str:
 
 
 class Captions:
-    """The captions of each picture, from one or several columns: a string, or a list of strings, a row.
+    """The captions of each picture, from one or several columns: a string, or a list of strings, a row; or classes, by their names.
 
     `texts` are all different captions; the empty one, for guidance, is number 0.
     """
 
     def __init__(self, dataset, columns: list[str]):
         numbers = {"": 0}
-        per_column = [dataset[column] for column in columns]
+        per_column = [read_texts(dataset, column) for column in columns]
         self.choices: list[list[list[int]]] = []
         for row in zip(*per_column):
             lists = [[cell] if isinstance(cell, str) else list(cell or []) for cell in row]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from pathlib import Path
 
@@ -11,7 +12,16 @@ import torch
 from .data import ImagesInMemory, held_out_name, image_column, open_dataset, pick_split
 from .evaluate import load_model, reconstruct
 from .feature_network import load_feature_network
-from .generation import IMAGES, drawer_of, find_sampler, measure_generation
+from .generate import load_pipeline
+from .generation import (
+    IMAGES,
+    captions_of,
+    drawer_of,
+    drawer_of_pipeline,
+    find_sampler,
+    measure_generation,
+    pipeline_processor,
+)
 from .metrics import reconstruction_metrics
 from .plots import labelled_rows
 
@@ -30,25 +40,25 @@ def compare(models: list[str], dataset_name: str, split: str | None = None, max_
 
     A row holds reconstruction errors; FID, KID, precision, recall and coverage of as many samples as there are images; times.
     A model that cannot be sampled has no such figures, and says why in `note`. The row `REAL` is the floor: training
-    pictures against the evaluated ones. `sampler` as in `hf-ae evaluate`.
+    pictures against the evaluated ones. `sampler` as in `hf-ae evaluate`. A text-to-image pipeline draws the captions, or the
+    names of the classes, of the dataset.
     """
     parts = open_dataset(dataset_name)
     dataset = pick_split(parts, split or held_out_name(parts) or next(iter(parts)))
-    names, loaded = [Path(m).name if Path(m).is_dir() else m for m in models], [load_model(m) for m in models]
+    names, loaded = [Path(m).name if Path(m).is_dir() else m for m in models], [load(m) for m in models]
     names = list(models) if len(set(names)) < len(names) else names
     network = load_feature_network(feature_network)
     rows: dict[str, dict] = {}
     picture: dict[str, torch.Tensor] = {}
     for folder, name, (model, processor) in zip(models, names, loaded):
         real, train = load_pixels(parts, dataset, processor, min(max_images or IMAGES, IMAGES))
-        rows[name], drawn = measure(model, folder, sampler, real, train, network)
+        captions = captions_of(dataset) if hasattr(model, "unet") else None
+        rows[name], drawn = measure(model, folder, sampler, real, train, network, captions)
         floor = rows[name].pop("floor", None)
         if floor is not None:
             rows.setdefault(REAL, floor)
         picture.setdefault("original", real[:8])
-        picture[f"{name}\nreconstructed"] = drawn["reconstructed"]
-        if "sampled" in drawn:
-            picture[f"{name}\nsampled"] = drawn["sampled"]
+        picture |= {f"{name}\n{kind}": pictures[:8] for kind, pictures in drawn.items()}
     shape = picture["original"].shape[1:]
     same = {title: pixels for title, pixels in picture.items() if pixels.shape[1:] == shape}
     return {name: rows[name] for name in sorted(rows, key=lambda name: name == REAL)}, same
@@ -62,22 +72,34 @@ def load_pixels(parts, dataset, processor, limit: int):
     return real, train
 
 
-def measure(model, folder: str, sampler: str | None, real, train, network) -> tuple[dict, dict[str, torch.Tensor]]:
-    """(row of the table, pictures) of one model."""
-    reconstruct(model, real[:100])
-    started = time.perf_counter()
-    rebuilt = reconstruct(model, real)
-    row: dict = {"images_per_second": len(real) / (time.perf_counter() - started)}
-    row |= reconstruction_metrics(real, rebuilt)
-    row |= {"parameters": sum(p.numel() for p in model.parameters()), "code_size": torch.Size(model.config.code_shape).numel()}
-    drawn = {"reconstructed": rebuilt[:8]}
+def load(name: str):
+    """(model, image processor), or (text-to-image pipeline, image processor)."""
+    if (Path(name) / "model_index.json").is_file():
+        pipe = load_pipeline(name)
+        return pipe, pipeline_processor(pipe)
+    return load_model(name)
+
+
+def measure(model, folder: str, sampler: str | None, real, train, network, captions=None) -> tuple[dict, dict[str, torch.Tensor]]:
+    """(row of the table, pictures) of one model, or of a pipeline that draws `captions`."""
+    autoencoder = model.vae if captions else model
+    parts = [part for part in model.components.values() if isinstance(part, torch.nn.Module)] if captions else [model]
+    row: dict = {"parameters": sum(p.numel() for part in parts for p in part.parameters())}
+    drawn = {}
+    if hasattr(autoencoder.config, "code_shape"):  # not diffusers' AutoencoderKL
+        reconstruct(autoencoder, real[:100])
+        started = time.perf_counter()
+        rebuilt = drawn["reconstructed"] = reconstruct(autoencoder, real)
+        row |= {"images_per_second": len(real) / (time.perf_counter() - started), **reconstruction_metrics(real, rebuilt)}
+        row["code_size"] = math.prod(autoencoder.config.code_shape)
     try:
         pixels = (train * 255).round().to(torch.uint8)
-        drawer = drawer_of(model, find_sampler(model, folder, sampler, lambda: pixels))
+        drawer = drawer_of_pipeline(model, captions) if captions else None
+        drawer = drawer or drawer_of(model, find_sampler(model, folder, sampler, lambda: pixels))
         found, pictures = measure_generation(drawer, real, train, network)
     except ValueError as error:
         return {**row, "note": str(error)}, drawn
-    drawn["sampled"] = pictures[:8]
+    drawn["sampled"] = pictures
     return {**row, **found, "ms_per_sample": 1000 * found["seconds_per_image"]}, drawn
 
 

@@ -74,6 +74,16 @@ def image_column(dataset, name: str | None = None) -> str:
     return images[0]
 
 
+def read_texts(dataset, column: str) -> list:
+    """The captions of a column: a string, or a list of strings, a row; of a column of classes, their names. Raises ValueError."""
+    import datasets
+
+    if column not in dataset.column_names:
+        raise ValueError(f"There is no column {column!r}: write --caption_columns with some of {', '.join(dataset.column_names)}.")
+    kind, values = dataset.features[column], list(dataset[column])
+    return [kind.names[value] for value in values] if isinstance(kind, datasets.ClassLabel) else values
+
+
 class BrokenImageError(ValueError):
     """An image of the dataset that cannot be read."""
 

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import torch
 
-from .data import ImagesInMemory, binarized_once, image_column, pick_split
+from .captions import picture_processor
+from .data import ImagesInMemory, binarized_once, held_out_name, image_column, pick_split, read_texts
 from .feature_network import FeatureNetwork, features_of, load_feature_network
 from .generation_metrics import accuracy, distances, train_classifier
 from .sampling import FILE, KINDS, Sampler, encode_all, fit, read_labels, sample
@@ -44,7 +45,7 @@ def drawer_of(model, sampler: Sampler | None = None, seed: int = 0) -> Drawer:
     return Drawer(draw, "its own prior" if own else sampler.kind if sampler else "prior", classes)
 
 
-def drawer_of_pipeline(pipe, prompts: list[str], seed: int = 0, batch: int = 25) -> Drawer:
+def drawer_of_pipeline(pipe, prompts: list[str], seed: int = 0, batch: int = 50) -> Drawer:
     """A text-to-image pipeline that draws a picture for each of `prompts`, in turn."""
 
     def draw(n, labels=None):
@@ -125,26 +126,32 @@ def evaluate_generation(request, model, processor, parts, dataset, column: str, 
     return {**metrics, "features": request.feature_network or "hf_ae"}, pictures
 
 
-def evaluate_pipeline(request, pipe, parts, caption_column: str = "text"):
+def evaluate_pipeline(request, pipe, parts):
     """The same for a text-to-image pipeline that draws the captions of the evaluated split."""
-    from .configuration import AutoencoderConfig
-    from .data import held_out_name
-    from .image_processing import AutoencoderImageProcessor
-
     dataset = pick_split(parts, request.split or held_out_name(parts) or next(iter(parts)))
-    if caption_column not in dataset.column_names:
-        raise ValueError(f"A pipeline draws captions, and the dataset has no column {caption_column!r}.")
-    scale = 2 ** (len(pipe.vae.config.block_out_channels) - 1)
-    size = pipe.unet.config.sample_size
-    height, width = [s * scale for s in ([size] * 2 if isinstance(size, int) else size)]
-    config = AutoencoderConfig(image_size=[height, width], num_channels=getattr(pipe.vae.config, "num_channels", 3))
-    processor = AutoencoderImageProcessor.from_config(config)
+    processor, captions = pipeline_processor(pipe), captions_of(dataset)
     limit = min(request.max_images or IMAGES, len(dataset))
 
     def load(rows):
         return ImagesInMemory.load(rows, image_column(rows, request.image_column), processor, limit=limit).pixels.float() / 255
 
-    drawer = drawer_of_pipeline(pipe, list(dataset[caption_column])[:limit])
+    drawer = drawer_of_pipeline(pipe, captions[:limit])
     network = load_feature_network(request.feature_network)
     metrics, pictures = measure_generation(drawer, load(dataset), load(pick_split(parts, request.train_split)), network)
     return {**metrics, "features": request.feature_network or "hf_ae"}, pictures
+
+
+def captions_of(dataset) -> list[str]:
+    """A caption for each row, for a pipeline to draw: the column `text`, or the names of the only column of classes."""
+    import datasets
+
+    classes = [name for name, kind in dataset.features.items() if isinstance(kind, datasets.ClassLabel)]
+    if "text" not in dataset.column_names and len(classes) != 1:
+        raise ValueError("A pipeline draws captions, and the dataset has no column 'text', nor one of classes.")
+    return read_texts(dataset, "text" if "text" in dataset.column_names else classes[0])
+
+
+def pipeline_processor(pipe):
+    """The image processor for pictures of the size that a pipeline draws."""
+    size, scale = pipe.unet.config.sample_size, 2 ** (len(pipe.vae.config.block_out_channels) - 1)
+    return picture_processor(pipe.vae, (size if isinstance(size, int) else size[0]) * scale)

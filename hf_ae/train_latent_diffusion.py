@@ -28,7 +28,7 @@ from hf_ae.arguments import (
     parse_overrides,
     write_recipe,
 )
-from hf_ae.captions import Captions, all_text_states, cached_latents, text_states, tokenize
+from hf_ae.captions import Captions, all_text_states, cached_latents, picture_processor, text_states, tokenize
 from hf_ae.cards import write_card
 from hf_ae.data import image_column, num_batches, open_dataset, pick_split
 from hf_ae.generate import load_pipeline
@@ -54,7 +54,7 @@ class LatentDiffusionArguments(TrainingArguments):
     image_column: str | None = flag(None, "Column of the images; default: the only one that holds images.")
     caption_columns: str = flag(
         "text",
-        "Columns of captions (text, or lists of text): each step draws a column, then one of its captions. One named twice counts twice.",
+        "Columns of captions (text, lists of it, or classes): each step draws a column, then one caption of it. Named twice counts twice.",
     )
     caption_prior: bool = flag(
         False,
@@ -166,30 +166,12 @@ def load_vae(name: str):
 VAES = [name for name, model in hf_ae.MODELS.items() if issubclass(model, hf_ae.VAEModel)]
 
 
-def picture_processor(vae, image_size: int | None):
-    """The image processor that fits the autoencoder, for pictures of `image_size`."""
-    ours = hasattr(vae.config, "image_hw")
-    height, width = vae.config.image_hw if ours else [vae.config.sample_size] * 2
-    scale = 2 ** (len(vae.config.block_out_channels) - 1)
-    if image_size is not None:
-        if image_size < scale or image_size % scale:
-            raise ValueError(
-                f"image_size={image_size} does not divide by {scale}, the pixels of a latent position: write a multiple of it."
-            )
-        height = width = image_size
-    channels, pixel_range = (vae.config.num_channels, vae.config.pixel_range) if ours else (vae.config.in_channels, [-1.0, 1.0])
-    fields: dict = {"num_channels": channels, "pixel_range": list(pixel_range)}
-    return hf_ae.AutoencoderImageProcessor(size={"height": height, "width": width}, **fields)
-
-
 def load_captions(args):
     """(dataset, its image column, the captions)."""
     dataset = pick_split(open_dataset(args.dataset_name, args.dataset_config_name), args.train_split)
     if args.max_train_samples is not None:
         dataset = dataset.select(range(min(args.max_train_samples, len(dataset))))
     column, wanted = image_column(dataset, args.image_column), [name.strip() for name in args.caption_columns.split(",")]
-    if missing := [name for name in wanted if name not in dataset.column_names]:
-        raise ValueError(f"There is no column {missing[0]!r}: write --caption_columns with some of {', '.join(dataset.column_names)}.")
     return dataset, column, Captions(dataset, wanted)
 
 

@@ -301,6 +301,23 @@ def test_compare_puts_models_into_one_table_and_one_picture(trained, tmp_path, c
     fails(capsys, ["compare", tmp_path / "none", "--dataset_name", SAMPLE], "none")
 
 
+def test_a_pipeline_draws_classes_and_stands_beside_other_models(trained, tmp_path, capsys):
+    from hf_ae.train_latent_diffusion import LatentDiffusionArguments
+    from hf_ae.train_latent_diffusion import train as train_pipeline
+
+    fields = "network=conv,hidden_sizes=[8,8],latent_channels=2"
+    common = dict(dataset_name=str(SAMPLE), max_train_samples=100, validation_epochs=0, max_train_steps=4)
+    train(ImageTrainingArguments(**common, output_dir=str(tmp_path / "spatial"), model_type="hf_ae_vae", config_overrides=fields))
+    train_pipeline(LatentDiffusionArguments(
+        **common, vae=str(tmp_path / "spatial"), output_dir=str(tmp_path / "pipe"), caption_columns="label", num_inference_steps=2,
+        text_overrides="hidden_size=16,num_hidden_layers=1,num_attention_heads=2,intermediate_size=16",
+        unet_overrides="block_out_channels=[8,16],norm_num_groups=4,attention_head_dim=4"))  # fmt: skip
+    draws("compare", trained / "vae", tmp_path / "pipe", "--dataset_name", SAMPLE, "--max_images", 30, "-o", tmp_path / "t.json")
+    rows = json.loads((tmp_path / "t.json").read_text())
+    assert rows["pipe"]["sampler"] == "prompts" and rows["pipe"]["fid"] > 0 and rows["pipe"]["psnr"] > 0 and rows["pipe"]["code_size"] == 98
+    assert (tmp_path / "t.png").stat().st_size > 1000
+
+
 # Collapse
 
 
