@@ -92,6 +92,8 @@ def summary(config: dict, dataset: str | None) -> str:
     """What the model is, in two sentences."""
     height, width = config["image_size"] if isinstance(config["image_size"], list) else [config["image_size"]] * 2
     code = f"{config['latent_dim']} numbers" if config["latent_dim"] else f"a map of {config['latent_channels']} channels"
+    if config.get("codebook_size"):
+        code += f", each vector of it one of {config['codebook_size']} codewords"
     kind = TITLES.get(config["model_type"], "An autoencoder")
     about = f"{kind} (`{config['model_type']}`, network `{config['network']}`, {config['hidden_sizes']}) of {height}×{width} images"
     text = f"{about} with {config['num_channels']} channel(s)" + (f", trained on `{dataset}`" if dataset else "")
