@@ -3,11 +3,11 @@
     python benchmarks/generation.py [--pythae PYTHON] [--epochs 4] [--images 60000] [--samples 5000] [-o outputs/generation.json]
 
 Fashion-MNIST; encoder and decoder of two 4×4 convolutions a side (32 and 64 channels, SiLU), a code of 16 numbers, or for
-VQ-VAEs 7×7 indices of 512 vectors of 64 (VQ-VAE-2 adds 4×4 above them); batch 128, the same weighting of error and KL, and for
-VAE-GANs the same discriminator. pythae trains with Adam at 1e-3, its default; hf_ae as its README advises, with `--optimizer muon
---use_ema`. Priors over codes (pythae's PixelCNN, hf_ae's GPT-2) train for as many epochs again. FID, precision, recall and
-coverage against the test split, in features of the network that hf_ae ships. PYTHON is the interpreter of an environment with
-pythae 0.1.2 (`pip install torch==2.13.0 pythae`), which draws into files. Results are added to the file of -o.
+VQ-VAEs 7×7 indices of 512 vectors of 64 (VQ-VAE-2: 32, and 4×4 more above them); batch 128, the same weighting of error and KL,
+and for VAE-GANs the same discriminator. pythae trains with Adam at 1e-3 (its default rate is 1e-4); hf_ae with `--optimizer muon` at 3e-3 and,
+but for codebooks, `--use_ema`. Priors over codes (pythae's PixelCNN, hf_ae's GPT-2 with classes) train for as many epochs again.
+FID, precision, recall and coverage against the test split, in features of the network that hf_ae ships. PYTHON is the interpreter
+of an environment with pythae 0.1.2 (`pip install torch==2.13.0 pythae`), which draws into files. Results are added to the file of -o.
 """
 
 from __future__ import annotations
@@ -68,7 +68,10 @@ def ours(kind: str, args, train_pixels, test, network) -> dict[str, dict]:
         common = dict(dataset_name=DATASET, max_train_samples=args.images, num_train_epochs=args.epochs, train_batch_size=BATCH,
                       optimizer="muon", use_ema=True, validation_epochs=0)  # fmt: skip
         common["learning_rate"] = MUON_RATE
-        train(ImageTrainingArguments(**common, output_dir=folder, model_type=model_type, config_overrides=overrides))
+        vectors = not kind.startswith("VQ")  # codebooks are moving averages already
+        train(
+            ImageTrainingArguments(**{**common, "use_ema": vectors}, output_dir=folder, model_type=model_type, config_overrides=overrides)
+        )
         if kind == "VQ-VAE-2":
             common["learning_rate"] = PRIOR_RATE
             train_prior(PriorArguments(**common, model=folder, output_dir=f"{folder}/prior", prior_overrides=PRIOR))
