@@ -4,8 +4,9 @@
 
 Fashion-MNIST; encoder and decoder of two 4×4 convolutions a side (32 and 64 channels, SiLU), a code of 16 numbers, or for
 VQ-VAEs 7×7 indices of 512 vectors of 64 (VQ-VAE-2: 32, and 4×4 more above them); batch 128, the same weighting of error and KL,
-and for VAE-GANs the same discriminator. pythae trains with Adam at 1e-3 (its default rate is 1e-4); hf_ae with `--optimizer muon` at 3e-3 and,
-but for codebooks, `--use_ema`. Priors over codes (pythae's PixelCNN, hf_ae's GPT-2 with classes) train for as many epochs again.
+and for VAE-GANs the same discriminator. pythae trains with Adam at 1e-3 (its default rate is 1e-4), hf_ae with `--optimizer muon`
+at 3e-3 and, but for codebooks, `--use_ema`. Priors over codes (pythae's PixelCNN, hf_ae's GPT-2 with classes) train for as many
+epochs again.
 FID, precision, recall and coverage against the test split, in features of the network that hf_ae ships. PYTHON is the interpreter
 of an environment with pythae 0.1.2 (`pip install torch==2.13.0 pythae`), which draws into files. Results are added to the file of -o.
 """
