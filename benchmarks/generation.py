@@ -1,6 +1,6 @@
 """How good samples and reconstructions of hf_ae's and of pythae's models are: same network, images, epochs and feature network.
 
-    python benchmarks/generation.py [--pythae PYTHON] [--epochs 4] [--images 60000] [--samples 5000] [-o outputs/generation.json]
+    python benchmarks/generation.py [--pythae PYTHON] [--epochs 4] [--images 60000] [--samples 5000] [--seeds 1] [-o outputs/generation.json]
 
 Fashion-MNIST; encoder and decoder of two 4×4 convolutions a side (32 and 64 channels, SiLU), a code of 16 numbers, or for
 VQ-VAEs 7×7 indices of 512 vectors of 64 (VQ-VAE-2: 32, and 4×4 more above them); batch 128, the same weighting of error and KL,
@@ -54,7 +54,7 @@ def load_images(split: str, limit: int) -> torch.Tensor:
 # hf_ae
 
 
-def ours(kind: str, args, train_pixels, test, network) -> dict[str, dict]:
+def ours(kind: str, args, train_pixels, test, network, seed: int = 0) -> dict[str, dict]:
     """Rows of the table for one of our models."""
     from hf_ae.evaluate import load_model, reconstruct
     from hf_ae.generation import drawer_of, measure_generation
@@ -67,7 +67,7 @@ def ours(kind: str, args, train_pixels, test, network) -> dict[str, dict]:
     with tempfile.TemporaryDirectory() as folder:
         started = time.perf_counter()
         common = dict(dataset_name=DATASET, max_train_samples=args.images, num_train_epochs=args.epochs, train_batch_size=BATCH,
-                      optimizer="muon", use_ema=True, validation_epochs=0)  # fmt: skip
+                      optimizer="muon", use_ema=True, validation_epochs=0, seed=seed)  # fmt: skip
         common["learning_rate"] = MUON_RATE
         vectors = not kind.startswith("VQ")  # codebooks are moving averages already
         train(
@@ -239,6 +239,7 @@ def main():
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--images", type=int, default=60_000)
     parser.add_argument("--samples", type=int, default=5_000)
+    parser.add_argument("--seeds", type=int, default=1, help="train each of ours so often: how far does FID spread?")
     parser.add_argument("--kinds", nargs="*", default=list(OURS), help="VAE, VAE-GAN, VQ-VAE, VQ-VAE-2")
     parser.add_argument("-o", "--output", type=Path, default=Path("outputs/generation.json"))
     parser.add_argument("--run", help=argparse.SUPPRESS)
@@ -253,6 +254,9 @@ def main():
     rows = json.loads(args.output.read_text()) if args.output.is_file() else {}
     for kind in args.kinds:
         found = ours(kind, args, train_pixels, test, network)
+        for seed in range(1, args.seeds):
+            for name, row in ours(kind, args, train_pixels, test, network, seed).items():
+                found[name].setdefault("fid_of_seeds", [found[name].get("fid")]).append(row.get("fid"))
         if args.pythae and kind in THEIRS:
             found |= theirs(kind, args, train_pixels, test, network)
         for name, row in found.items():
@@ -264,6 +268,9 @@ def main():
     for name, row in rows.items():
         cells = [f"{row[c]:.4g}" if isinstance(row.get(c), float) else f"{row.get(c, '')}" for c in COLUMNS]
         print(f"| {name} | " + " | ".join(cells) + " |" + (f" {row['note']}" if "note" in row else ""))
+    for name, row in rows.items():
+        if "fid_of_seeds" in row:
+            print(f"{name}, FID of {len(row['fid_of_seeds'])} trainings: " + ", ".join(f"{fid:.3g}" for fid in row["fid_of_seeds"]))
     floors = [row["floor"]["fid"] for row in rows.values() if "floor" in row]
     if floors:
         print(f"Real training pictures against the test split: FID {floors[0]:.3g}")
