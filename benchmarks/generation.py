@@ -1,6 +1,6 @@
 """How good samples and reconstructions of hf_ae's and of pythae's models are: same network, images, epochs and feature network.
 
-    python benchmarks/generation.py [--pythae PYTHON] [--epochs 4] [--images 60000] [--samples 5000] [--seeds 1] [-o outputs/generation.json]
+    python benchmarks/generation.py [--pythae PYTHON] [--epochs 4] [--images 60000] [--samples 5000] [--seeds 1] [-o FILE]
 
 Fashion-MNIST; encoder and decoder of two 4×4 convolutions a side (32 and 64 channels, SiLU), a code of 16 numbers, or for
 VQ-VAEs 7×7 indices of 512 vectors of 64 (VQ-VAE-2: 32, and 4×4 more above them); batch 128, the same weighting of error and KL,
