@@ -137,10 +137,15 @@ def fit_group(flat: torch.Tensor, kind: str, components: int, seed: int):
 
 @torch.no_grad()
 def encode_all(model, pixels: torch.Tensor) -> torch.Tensor:
-    """uint8 pictures -> their codes, as `eval()` gives them, on the CPU."""
+    """uint8 pictures -> codes as the decoder got them in training, on the CPU: of a VAE draws of each picture's posterior (their
+    means alone lie too close together), with the same noise at every call."""
     model.eval()
-    batches = pixels.split(batch_for(pixels[0].numel()))
-    return torch.cat([model.encode(to_pixel_values(x, model.device, model.config.pixel_range)).latents.float().cpu() for x in batches])
+    generator, codes = torch.Generator().manual_seed(0), []
+    for part in pixels.split(batch_for(pixels[0].numel())):
+        encoded = model.encode(to_pixel_values(part, model.device, model.config.pixel_range))
+        drawn = encoded.latent_dist.sample(generator) if encoded.get("latent_dist") is not None else encoded.latents
+        codes.append(drawn.float().cpu())
+    return torch.cat(codes)
 
 
 @torch.no_grad()

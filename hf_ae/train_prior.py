@@ -58,8 +58,8 @@ class PriorArguments(TrainingArguments):
     label_column: str | None = flag(None, "Column of class labels; default: the only one of type ClassLabel. 'none': without classes.")
     label_dropout: float = flag(0.1, "Share of images shown without their class, which classifier-free guidance needs.")
     random_flip: bool = flag(False, "Mirror half of the images.")
-    sample_temperature: float = flag(1.0, "Temperature of the sample pictures.")
-    sample_guidance: float = flag(1.0, "Guidance of the sample pictures.")
+    temperature: float = flag(1.0, "Default temperature of the finished model: below 1 its pictures are more typical, above 1 more varied.")
+    guidance_scale: float = flag(1.0, "Default guidance of the finished model: above 1 the class counts more.")
 
     def __post_init__(self):
         super().__post_init__()
@@ -151,6 +151,7 @@ def add_prior(model: VQVAEModel, args, names: list[str]):
     for name in PRIOR_FIELDS:
         setattr(config, name, overrides.get(name, 6 if name == "prior_layers" else None))
     config.prior_classes = len(names)
+    config.prior_temperature, config.prior_guidance_scale = args.temperature, args.guidance_scale
     config.id2label = dict(enumerate(names))
     config.label2id = {name: number for number, name in enumerate(names)}
     config.fill_defaults()
@@ -218,7 +219,7 @@ def draw_samples(args, model: VQVAEModel) -> torch.Tensor:
     """60 pictures in 0…1; the classes in turn."""
     low, high = model.config.pixel_range
     classes = list(range(min(10, model.config.prior_classes or 0))) or None
-    pictures = model.generate(60, classes, args.sample_temperature, guidance_scale=args.sample_guidance, seed=0)
+    pictures = model.generate(60, classes, seed=0)
     return (pictures.float().cpu() - low) / (high - low)
 
 
