@@ -36,7 +36,7 @@ def build() -> gr.Blocks:
         gr.HTML(HEADER, elem_id="header")
         with gr.Tabs(elem_id="tabs"):
             with gr.Tab("Prompt to picture", id="prompt"):
-                tab_prompt.build(demo)
+                drawn = tab_prompt.build(demo)
             with gr.Tab("Round trip", id="round-trip"):
                 trip = tab_round_trip.build()
             with gr.Tab("Latent space", id="latent"):
@@ -45,8 +45,8 @@ def build() -> gr.Blocks:
                 repair = tab_repair.build()
             with gr.Tab("Compare", id="compare"):
                 compare = tab_compare.build()
-        for outputs, fill in [(compare, tab_compare.compare), (trip, tab_round_trip.first), *latent, (repair, tab_repair.first)]:
-            demo.load(remembered(fill), None, outputs, api_visibility="private", show_progress="hidden", **SHARED)
+        for outputs, fill in [(trip, tab_round_trip.first), *latent, (repair, tab_repair.first), (compare, tab_compare.compare)]:
+            drawn.then(remembered(fill), None, outputs, api_visibility="private", show_progress="hidden", **SHARED)
     return demo
 
 

@@ -31,6 +31,8 @@ def theme() -> gr.themes.Base:
     return base.set(
         body_background_fill="#fafaf9",
         body_background_fill_dark="#131316",
+        body_text_color_subdued="*neutral_600",
+        body_text_color_subdued_dark="*neutral_400",
         block_background_fill="white",
         block_background_fill_dark="#1c1c20",
         block_border_color="#e7e5e4",

@@ -61,7 +61,7 @@ def compare(family: str = "Fashion-MNIST"):
     pictures = sorted({f"{metrics['images']:,} of {metrics['dataset']}" for metrics in found.values()})
     caption = f"Measured on test pictures ({'; '.join(pictures)}), with hf-ae evaluate"
     head = ["model", *(list(COLUMNS)[i] for i in kept)]
-    drawn = [(path, name) for name in rows for file in ("reconstructions.png", "roundtrip.jpg") if (path := file_of(name, file))]
+    drawn = [(path, name) for name in rows if (path := file_of(name, "reconstructions.png") or file_of(name, "roundtrip.jpg"))]
     return table(head, [[name, *(row[i] for i in kept)] for name, row in rows.items()], caption), [(keep(path), name) for path, name in drawn]
 
 
@@ -77,9 +77,9 @@ def build():
         ("chart", "error, measured"),
     )
     family = gr.Radio(list(FAMILIES), value="Fashion-MNIST", label="Trained and measured on", elem_id="family")
-    figures = gr.HTML(elem_id="measured")
+    figures = gr.HTML(elem_id="measured", apply_default_css=False)
     pictures = gr.Gallery(
-        label="Test pictures, what comes back, and PCA where it was measured", columns=2, format="png", height="auto", object_fit="contain",
+        label="Test pictures, what comes back, and PCA where it was measured", columns=1, format="png", height="auto", object_fit="contain",
         interactive=False, elem_id="measured-pictures", buttons=["fullscreen"],
     )  # fmt: skip
     family.input(compare, family, [figures, pictures], api_name="compare", queue=False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 
 import gradio as gr
-from page import data_uri, intro, say, status
+from page import data_uri, intro
 from picker import buttons_for, chosen, picker_of, sheet_items
 from serving import GPU, LIVE, SHARED, SHEETS, enlarge, friendly, load_model, number, open_upload, sample_file, samples, upload, whole
 
@@ -14,8 +14,9 @@ WALKERS = {"Clothes": ("clothes", "fashion-vae"), "Digits": ("digits", "mnist-va
 ENDS = {"Clothes": (("sneaker", 1), ("ankle boot", 1)), "Digits": (("3", 1), ("8", 1))}
 FRAMES = 9
 TURNED, TURNS = "fashion-beta-vae", 10
-PLANE, PLANE_SIDE, PLANE_SPAN = "mnist-ae-2d", 20, 95
-"""Model of the plane, pictures along a side, per cent of the test digits whose codes it spans."""
+PLANE, PLANE_SIDE = "mnist-ae-2d", 20
+PLANE_X, PLANE_Y = (-8.0, 17.0), (-8.0, 17.0)
+"""Model of the plane, pictures along a side of the map, and what part of the plane it shows: that where nearly all digits lie."""
 DICE = {"Autoencoder": "mnist-deep-ae", "VAE": "mnist-vae"}
 SPREADS = {"N(0, 1), as the VAE was trained": False, "as wide as each model's own codes": True}
 
@@ -150,7 +151,7 @@ def arithmetic(a: str = "ankle boot", b: str = "sneaker", picture: str = ""):
     first, second = (encode(loaded, samples("clothes")[group]) for group in (a, b))
     start = encode(loaded, [open_upload(picture, 1024, gray=True)])
     codes = torch.stack([first.mean(0), second.mean(0), start[0], reckon(first, second, start)[0]])
-    captions = [f"mean of 8: {a}", f"− mean of 8: {b}", "+ your picture", "= the result"]
+    captions = [a, f"− {b}", "+ picture", "= result"]
     return list(zip(drawn(loaded, decode(loaded[0], codes)), captions))
 
 
@@ -171,7 +172,7 @@ def build_arithmetic():
             picker = picker_of(sheet_items("clothes"), "Test pictures to pick", "pick-c")
         with gr.Column(scale=8, min_width=300):
             shown = gr.Gallery(
-                label="Mean − mean + picture = result", columns=4, format="png", height="auto", object_fit="contain", interactive=False,
+                label="Mean of 8 − mean of 8 + picture = result", columns=4, format="png", height="auto", object_fit="contain", interactive=False,
                 elem_id="sum", elem_classes="pixels", buttons=["fullscreen"],
             )  # fmt: skip
     private = {"api_visibility": "private"}
@@ -268,16 +269,6 @@ def build_numbers():
 # The plane
 
 
-def plane_span() -> tuple[tuple[float, float], tuple[float, float]]:
-    """Where on the plane the sample digits lie, with a margin: ((left, right), (bottom, top))."""
-    import torch
-
-    codes = torch.cat([encode(load_model(PLANE), pictures) for pictures in samples("digits").values()])
-    share = (100 - PLANE_SPAN) / 200
-    low, high = codes.quantile(share, 0), codes.quantile(1 - share, 0)
-    return tuple((round(float(a), 2), round(float(b), 2)) for a, b in zip(low, high))
-
-
 @friendly
 @GPU
 def plane_point(x: float = 0, y: float = 0):
@@ -300,19 +291,16 @@ def plane_point(x: float = 0, y: float = 0):
 
 
 def plane_first():
-    """The map, the sliders and the digit in the middle of it."""
+    """The map, and the digit in the middle of it."""
     from hf_ae.latents import manifold_grid
     from hf_ae.plots import image_grid
 
-    x, y = plane_span()
-    map_picture = image_grid(manifold_grid(load_model(PLANE)[0], PLANE_SIDE, x, y), PLANE_SIDE, gap=0)
-    middle = [round(sum(side) / 2, 2) for side in (x, y)]
-    sliders = [gr.update(minimum=low, maximum=high, value=value) for (low, high), value in zip((x, y), middle)]
-    return map_html(map_picture, x, y), *sliders, plane_point(*middle)
+    grid = manifold_grid(load_model(PLANE)[0], PLANE_SIDE, PLANE_X, PLANE_Y)
+    return map_html(image_grid(grid, PLANE_SIDE, gap=0)), plane_point(sum(PLANE_X) / 2, sum(PLANE_Y) / 2)
 
 
-def map_html(picture, x, y) -> str:
-    edges = f'data-left="{x[0]}" data-right="{x[1]}" data-bottom="{y[0]}" data-top="{y[1]}"'
+def map_html(picture) -> str:
+    edges = 'data-left="{}" data-right="{}" data-bottom="{}" data-top="{}"'.format(*PLANE_X, *PLANE_Y)
     label = "Map of the plane: a digit at every point. Point or drag on it; or use the two sliders."
     return (
         f'<div class="map" {edges} role="img" aria-label="{html.escape(label)}"><img src="{data_uri(picture)}" alt="" draggable="false">'
@@ -358,12 +346,12 @@ def build_plane():
                 label="The digit at this point", format="png", interactive=False, elem_id="plane-digit", elem_classes="pixels", height=280,
                 buttons=["download"],
             )  # fmt: skip
-            x = gr.Slider(-1, 1, 0, step=0.01, label="First number: left to right", elem_id="plane-x")
-            y = gr.Slider(-1, 1, 0, step=0.01, label="Second number: bottom to top", elem_id="plane-y")
+            x = gr.Slider(*PLANE_X, sum(PLANE_X) / 2, step=0.01, label="First number: left to right", elem_id="plane-x")
+            y = gr.Slider(*PLANE_Y, sum(PLANE_Y) / 2, step=0.01, label="Second number: bottom to top", elem_id="plane-y")
     private = {"api_visibility": "private"}
     gr.on([x.input, y.input], plane_point, [x, y], shown, js=MOVE_DOT, api_name="plane_point", **LIVE)
     plane.input(friendly(point_at), None, [x, y, shown], **LIVE, **private)
-    return [plane, x, y, shown]
+    return [plane, shown]
 
 
 # Dice
@@ -403,16 +391,14 @@ def build_random():
             gr.Image(label=label, format="png", interactive=False, elem_id=f"dice-{i}", buttons=["download"])
             for i, label in enumerate(("Autoencoder, 30 numbers: it only learned to copy", "VAE, 40 numbers: it learned to fill the space"))
         ]
-    told = status("", "dice-status")
     gr.on([seed.input, spread.input], random_digits, [seed, spread], sheets, api_name="random_digits", **LIVE)
-    seed.input(lambda: say(""), None, told, queue=False, api_visibility="private")
     return sheets
 
 
 SECTIONS = {
     "Walk": (build_walk, walk_first),
     "Arithmetic": (build_arithmetic, arithmetic_first),
-    "A slider a number": (build_numbers, numbers_first),
+    "Turn the numbers": (build_numbers, numbers_first),
     "The plane": (build_plane, plane_first),
     "Random codes": (build_random, random_digits),
 }

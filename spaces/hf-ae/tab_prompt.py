@@ -156,7 +156,7 @@ SHARE = """(prompt, seed, steps, guidance, scheduler, count) => {
 
 
 def build(demo: gr.Blocks):
-    """The tab."""
+    """The tab. Returns the event of the first drawing."""
     intro(
         "Write a few words and watch a picture appear out of noise. The noise is not in the picture itself but in its "
         "<b>code</b>, a few numbers that a decoder turns into pixels: that is why it is quick, even without a GPU.",
@@ -180,9 +180,9 @@ def build(demo: gr.Blocks):
                 autofocus=False,
             )
             with gr.Row():
-                draw_button = gr.Button("Draw", variant="primary", elem_id="draw", scale=3)
-                lucky = gr.Button("Another seed", elem_id="another-seed", scale=2)
-            gr.Examples([[text] for text in PROMPTS], prompt, label="Examples", elem_id="prompt-examples", api_visibility="private")
+                draw_button = gr.Button("Draw", variant="primary", elem_id="draw", scale=3, min_width=120)
+                lucky = gr.Button("Another seed", elem_id="another-seed", scale=2, min_width=120)
+            examples = gr.Examples([[text] for text in PROMPTS], prompt, label="Examples", elem_id="prompt-examples", api_visibility="private")
             with gr.Accordion("More settings", open=False, elem_id="prompt-more"):
                 with gr.Row():
                     seed = gr.Number(FIRST["seed"], label="Seed", precision=0, minimum=0, elem_id="seed", min_width=120)
@@ -200,8 +200,8 @@ def build(demo: gr.Blocks):
             )  # fmt: skip
             told = status("", "draw-status")
             with gr.Row():
-                sheet_button = gr.Button("Sheet: steps × seeds", size="sm", elem_id="sheet-button")
-                share_button = gr.Button("Copy a link to this", size="sm", elem_id="share")
+                sheet_button = gr.Button("Sheet: steps × seeds", size="sm", elem_id="sheet-button", min_width=120)
+                share_button = gr.Button("Copy a link to this", size="sm", elem_id="share", min_width=120)
             link = gr.Textbox(label="Link, copied", visible=False, interactive=False, buttons=["copy"], elem_id="link")
             sheet = gr.Image(label="What more steps buy", format="png", visible=False, interactive=False, elem_id="sheet", buttons=["download", "fullscreen"])
 
@@ -209,9 +209,10 @@ def build(demo: gr.Blocks):
     drawing = {"inputs": [*fields, picture, strength], "outputs": [pictures, told], "show_progress_on": told, **SHARED}
     private = {"api_visibility": "private"}
     gr.on([draw_button.click, prompt.submit], draw, **drawing, api_name="draw")
+    examples.load_input_event.then(draw, **drawing, **private)
     lucky.click(lambda: random.randrange(10_000), None, seed, queue=False, **private).then(draw, **drawing, **private)
     sheet_button.click(lambda: gr.update(visible=True), None, sheet, queue=False, **private).then(
         steps_sheet, [prompt, seed, guidance, scheduler], sheet, api_name="steps_sheet", **SHARED
     )
     share_button.click(None, fields, link, js=SHARE, **private).then(lambda: gr.update(visible=True), None, link, queue=False, **private)
-    demo.load(from_address, None, fields, queue=False, **private).then(draw, **drawing, **private)
+    return demo.load(from_address, None, fields, queue=False, **private).then(draw, **drawing, **private)

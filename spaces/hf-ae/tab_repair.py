@@ -19,7 +19,8 @@ DAMAGES = {
 """Title -> kind of corruption, the model trained to undo it, and (lowest, highest, first, step) of its level."""
 FALLBACK = "fashion-denoising"
 """Repairs what no model was trained for."""
-FIRST = ("Noise", 0.3)
+START, FIRST = ("ankle boot", 0), ("Noise", 0.3)
+"""What the tab shows when the page opens: a sample, the damage and its level."""
 
 
 def repairer(damage: str) -> str | None:
@@ -72,14 +73,13 @@ def repair(picture: str, damage: str = "Noise", level: float = 0.3, seed: int = 
     trained = model.config.corruption == kind
     note = "This model was trained for this damage." if trained else "This model never saw this damage: it was trained for gaussian noise."
     drawn = [enlarge(p) for p in processor.postprocess(torch.cat([pixels, damaged, repaired]))]
-    captions = ["original", f"damaged, {before:.1f} dB", f"repaired, {after:.1f} dB"]
     verdict = "better" if after > before else "worse"
-    return list(zip(drawn, captions)), say(f"PSNR {before:.1f} dB before, {after:.1f} dB after: {verdict}. {note}")
+    return list(zip(drawn, ("original", "damaged", "repaired"))), say(f"PSNR {before:.1f} dB before, {after:.1f} dB after: {verdict}. {note}")
 
 
 def first():
     """What the tab shows when the page opens."""
-    return repair(sample_file("clothes", "sneaker", 0), *FIRST)
+    return repair(sample_file("clothes", *START), *FIRST)
 
 
 def change_damage(damage):
@@ -98,7 +98,7 @@ def build():
         "A <b>denoising</b> autoencoder sees damaged pictures in training and must return the clean ones. Its code has room for what "
         "clothes look like, and none for noise: so the noise stays behind.",
         ("picture", "picture"),
-        ("noise", "damaged"),
+        ("noise", "damage"),
         ("encoder", "encoder"),
         ("code", "code"),
         ("decoder", "decoder"),
@@ -107,7 +107,7 @@ def build():
     with gr.Row(equal_height=False):
         with gr.Column(scale=4, min_width=300):
             picture = upload(
-                value=sample_file("clothes", "sneaker", 0), label="Picture", height=200,
+                value=sample_file("clothes", *START), label="Picture", height=200,
                 elem_id="repair-picture", elem_classes="pixels",
             )  # fmt: skip
             picker = picker_of(sheet_items("clothes", 0), "Test pictures to pick", "repair-picker")

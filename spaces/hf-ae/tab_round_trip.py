@@ -147,7 +147,7 @@ def build():
                 value=str(EXAMPLES / FIRST[0]), label="Picture", height=240, elem_id="trip-picture"
             )
             kind = gr.Radio(list(CODECS), value=FIRST[1], label="Model trained with", elem_id="trip-model")
-            quality = gr.Slider(0, 1, FIRST[2], step=0.01, label="Quality: 0 smallest file, 1 best picture", elem_id="quality")
+            quality = gr.Slider(0, 1, FIRST[2], step=0.01, label="Quality", elem_id="quality")
             picker = picker_of(items(), "Examples", "trip-picker")
         with gr.Column(scale=7, min_width=300):
             slider = gr.ImageSlider(
@@ -159,7 +159,7 @@ def build():
                 file = gr.File(label="The compressed file", elem_id="trip-file", interactive=False, height=90)
             compare = gr.Button("Put JPEG, WebP and AVIF of this size beside it", elem_id="beside")
     with gr.Column(visible=False, elem_id="others") as others:
-        figures = gr.HTML(elem_id="trip-figures")
+        figures = gr.HTML(elem_id="trip-figures", apply_default_css=False)
         gallery = gr.Gallery(
             label="At the same size", columns=4, format="png", elem_id="trip-others", object_fit="contain", height="auto", interactive=False,
             buttons=["fullscreen"],
