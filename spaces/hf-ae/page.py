@@ -69,7 +69,7 @@ def intro(text: str, *steps: tuple[str, str]) -> gr.HTML:
 
 def status(text: str = "", elem_id: str | None = None) -> gr.HTML:
     """A line that tells what happened; screen readers say it aloud."""
-    return gr.HTML(say(text), elem_id=elem_id, elem_classes="status")
+    return gr.HTML(say(text), label="Result in words", elem_id=elem_id, elem_classes="status")
 
 
 def say(text: str) -> str:

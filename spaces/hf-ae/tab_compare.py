@@ -77,7 +77,7 @@ def build():
         ("chart", "error, measured"),
     )
     family = gr.Radio(list(FAMILIES), value="Fashion-MNIST", label="Trained and measured on", elem_id="family")
-    figures = gr.HTML(elem_id="measured", apply_default_css=False)
+    figures = gr.HTML(label="Figures", elem_id="measured", apply_default_css=False)
     pictures = gr.Gallery(
         label="Test pictures, what comes back, and PCA where it was measured", columns=1, format="png", height="auto", object_fit="contain",
         interactive=False, elem_id="measured-pictures", buttons=["fullscreen"],

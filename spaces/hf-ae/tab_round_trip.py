@@ -159,7 +159,7 @@ def build():
                 file = gr.File(label="The compressed file", elem_id="trip-file", interactive=False, height=90)
             compare = gr.Button("Put JPEG, WebP and AVIF of this size beside it", elem_id="beside")
     with gr.Column(visible=False, elem_id="others") as others:
-        figures = gr.HTML(elem_id="trip-figures", apply_default_css=False)
+        figures = gr.HTML(label="Figures", elem_id="trip-figures", apply_default_css=False)
         gallery = gr.Gallery(
             label="At the same size", columns=4, format="png", elem_id="trip-others", object_fit="contain", height="auto", interactive=False,
             buttons=["fullscreen"],
