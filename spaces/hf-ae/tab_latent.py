@@ -87,7 +87,7 @@ def build_walk():
             ends.append(end_picture("From", 0))
             pickers.append(picker_of(sheet_items("clothes"), "From: test pictures to pick", "walk-pick-a"))
         with gr.Column(min_width=260):
-            here = gr.Image(label="Here", format="png", interactive=False, elem_id="walk-here", elem_classes="pixels", height=280, buttons=["download"])
+            here = gr.Image(label="Here", alt_text="Here", format="png", interactive=False, elem_id="walk-here", elem_classes="pixels", height=280, buttons=["download"])
             position = gr.Slider(0, 1, 0.5, step=0.01, label="Position on the way", elem_id="position")
         with gr.Column(min_width=220):
             ends.append(end_picture("To", 1))
@@ -246,7 +246,7 @@ def build_numbers():
     with gr.Row(equal_height=False):
         with gr.Column(scale=4, min_width=260):
             shown = gr.Image(
-                label="What the decoder draws", format="png", interactive=False, elem_id="turned", elem_classes="pixels", height=280,
+                label="What the decoder draws", alt_text="What the decoder draws", format="png", interactive=False, elem_id="turned", elem_classes="pixels", height=280,
                 buttons=["download"],
             )  # fmt: skip
             picker = picker_of(sheet_items("clothes"), "Start from a test picture", "turn-picker")
@@ -343,7 +343,7 @@ def build_plane():
             plane = gr.HTML(elem_id="plane", js_on_load=POINT, apply_default_css=False)
         with gr.Column(scale=4, min_width=260):
             shown = gr.Image(
-                label="The digit at this point", format="png", interactive=False, elem_id="plane-digit", elem_classes="pixels", height=280,
+                label="The digit at this point", alt_text="The digit at this point", format="png", interactive=False, elem_id="plane-digit", elem_classes="pixels", height=280,
                 buttons=["download"],
             )  # fmt: skip
             x = gr.Slider(*PLANE_X, sum(PLANE_X) / 2, step=0.01, label="First number: left to right", elem_id="plane-x")
@@ -388,7 +388,7 @@ def build_random():
         spread = gr.Radio(list(SPREADS), value=next(iter(SPREADS)), label="How far apart the codes are", elem_id="spread")
     with gr.Row(equal_height=False):
         sheets = [
-            gr.Image(label=label, format="png", interactive=False, elem_id=f"dice-{i}", buttons=["download"])
+            gr.Image(label=label, alt_text=label, format="png", interactive=False, elem_id=f"dice-{i}", buttons=["download"])
             for i, label in enumerate(("Autoencoder, 30 numbers: it only learned to copy", "VAE, 40 numbers: it learned to fill the space"))
         ]
     gr.on([seed.input, spread.input], random_digits, [seed, spread], sheets, api_name="random_digits", **LIVE)

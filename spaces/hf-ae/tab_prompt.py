@@ -203,7 +203,7 @@ def build(demo: gr.Blocks):
                 sheet_button = gr.Button("Sheet: steps × seeds", size="sm", elem_id="sheet-button", min_width=120)
                 share_button = gr.Button("Copy a link to this", size="sm", elem_id="share", min_width=120)
             link = gr.Textbox(label="Link, copied", visible=False, interactive=False, buttons=["copy"], elem_id="link")
-            sheet = gr.Image(label="What more steps buy", format="png", visible=False, interactive=False, elem_id="sheet", buttons=["download", "fullscreen"])
+            sheet = gr.Image(label="What more steps buy", alt_text="What more steps buy", format="png", visible=False, interactive=False, elem_id="sheet", buttons=["download", "fullscreen"])
 
     fields = [prompt, seed, steps, guidance, scheduler, count]
     drawing = {"inputs": [*fields, picture, strength], "outputs": [pictures, told], "show_progress_on": told, **SHARED}

@@ -165,11 +165,11 @@ def build():
             buttons=["fullscreen"],
         )  # fmt: skip
         with gr.Accordion("Panel: original | latents | decoded", open=False):
-            panel = gr.Image(label="Panel", show_label=False, format="png", interactive=False, elem_id="trip-panel", buttons=["download"])
+            panel = gr.Image(label="Panel", alt_text="Panel", show_label=False, format="png", interactive=False, elem_id="trip-panel", buttons=["download"])
     with gr.Accordion("Open a compressed file", open=False, elem_id="open-accordion"), gr.Row(equal_height=False):
         dropped = gr.File(label="Drop an .hfae file", file_types=[".hfae"], elem_id="dropped", height=160)
         with gr.Column():
-            opened = gr.Image(label="The picture in it", format="png", interactive=False, elem_id="opened", height=240, buttons=["download"])
+            opened = gr.Image(label="The picture in it", alt_text="The picture in it", format="png", interactive=False, elem_id="opened", height=240, buttons=["download"])
             said = status("", "open-status")
 
     private = {"api_visibility": "private"}
