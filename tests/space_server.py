@@ -23,7 +23,7 @@ def free_port() -> int:
 def running_space(seconds: float = 120, pids: list[int] | None = None):
     """The address of a Space that answers; its process goes into `pids`."""
     port = free_port()
-    url, log = f"http://127.0.0.1:{port}", tempfile.TemporaryFile("w+")
+    url, log = f"http://127.0.0.1:{port}", tempfile.TemporaryFile("w+")  # noqa: SIM115
     env = {**os.environ, "GRADIO_SERVER_PORT": str(port), "GRADIO_SERVER_NAME": "127.0.0.1", "HF_HUB_OFFLINE": "1"}
     process = subprocess.Popen([sys.executable, APP], env=env, stdout=log, stderr=subprocess.STDOUT)
     (pids if pids is not None else []).append(process.pid)

@@ -18,10 +18,14 @@ if CHROMIUM is None:
     pytest.skip("the browser tests need Chromium: apt-get install chromium, or CHROMIUM=path", allow_module_level=True)
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "spaces" / "hf-ae" / "examples"
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update",
-         "--disable-sync"]  # fmt: skip
+FLAGS = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync"
 TABS = ("Prompt to picture", "Round trip", "Latent space", "Repair", "Compare")
 SECTIONS = ("Walk", "Arithmetic", "Turn the numbers", "The plane", "Random codes")
+SHOWN = {
+    "Prompt to picture": "pictures", "Round trip": "trip-slider", "Walk": "frames", "Arithmetic": "sum", "Turn the numbers": "turned",
+    "The plane": "plane-digit", "Random codes": "dice-1", "Repair": "repaired", "Compare": "measured-pictures",
+}  # fmt: skip
+"""Where a tab shows something as soon as it is opened."""
 SECONDS = 30_000
 expect = sync_api.expect
 
@@ -29,7 +33,7 @@ expect = sync_api.expect
 @pytest.fixture(scope="module")
 def browser():
     with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS.split())
         yield browser
         browser.close()
 
@@ -122,7 +126,8 @@ def test_a_prompt_shows_previews_and_then_its_picture(page):
     page.evaluate("""() => {
         window.said = [];
         const line = document.querySelector('#draw-status');
-        new MutationObserver(() => window.said.push(line.innerText.trim())).observe(line, {subtree: true, childList: true, characterData: true});
+        const observer = new MutationObserver(() => window.said.push(line.innerText.trim()));
+        observer.observe(line, {subtree: true, childList: true, characterData: true});
     }""")
     page.get_by_label("Prompt", exact=True).fill("rocket")
     changes(page, "pictures", lambda: page.get_by_label("Prompt", exact=True).press("Enter"))
@@ -347,7 +352,8 @@ def test_the_measured_tables(page):
 
 NAMELESS = """() => [...document.querySelectorAll('button, input:not([type=file]), textarea, select, [role=slider]')]
     .filter(e => e.offsetParent && !(e.getAttribute('aria-label') || e.innerText?.trim() || e.title || e.labels?.length ||
-        e.closest('label') || e.getAttribute('aria-labelledby') || e.placeholder || e.querySelector('[aria-label], title, img[alt]:not([alt=""])')))
+        e.closest('label') || e.getAttribute('aria-labelledby') || e.placeholder ||
+        e.querySelector('[aria-label], title, img[alt]:not([alt=""])')))
     .map(e => e.outerHTML.slice(0, 160))"""
 
 
@@ -357,12 +363,10 @@ def test_every_tab_fits_and_names_its_controls(browser, space, width, theme):
     problems: list[str] = []
     page = opened(browser, f"{space}/?__theme={theme}", problems, viewport={"width": width, "height": 900}, color_scheme=theme)
     drawn(page)
-    ready = {"Prompt to picture": "pictures", "Round trip": "trip-slider", "Repair": "repaired", "Compare": "measured-pictures",
-             "Walk": "frames", "Arithmetic": "sum", "Turn the numbers": "turned", "The plane": "plane-digit", "Random codes": "dice-1"}  # fmt: skip
     for name in (*TABS[:3], *SECTIONS, *TABS[3:]):
         tab(page, name)
-        if name in ready:
-            source(page, ready[name])
+        if name in SHOWN:
+            source(page, SHOWN[name])
         assert page.evaluate("document.documentElement.scrollWidth") <= width, name
         assert page.evaluate(NAMELESS) == [], name
         if name != "Latent space":

@@ -150,7 +150,14 @@ def huge_png(path: Path, side: int = 10_000) -> Path:
     return path
 
 
-PICTURE_ACTIONS = {"round_trip": "picture", "beside_others": "picture", "draw": "picture", "repair": "picture", "walk": "a", "arithmetic": "picture"}
+PICTURE_ACTIONS = {
+    "round_trip": "picture",
+    "beside_others": "picture",
+    "draw": "picture",
+    "repair": "picture",
+    "walk": "a",
+    "arithmetic": "picture",
+}
 
 
 @pytest.mark.parametrize("name", PICTURE_ACTIONS)
@@ -213,7 +220,13 @@ def get(url: str) -> int:
 
 
 def test_no_file_of_the_machine_can_be_read(space, client):
-    for path in ("/etc/passwd", str(EXAMPLES.parent / "app.py"), str(EXAMPLES.parent.parent.parent / "README.md"), "../../etc/passwd", "app.py"):
+    for path in (
+        "/etc/passwd",
+        str(EXAMPLES.parent / "app.py"),
+        str(EXAMPLES.parent.parent.parent / "README.md"),
+        "../../etc/passwd",
+        "app.py",
+    ):
         assert get(f"{space}/gradio_api/file={path}") in (403, 404), path
     for path in ("/etc/passwd", str(EXAMPLES / "owl.png")):
         body = {"data": [{"path": path, "meta": {"_type": "gradio.FileData"}}, "Photo", 0.5]}

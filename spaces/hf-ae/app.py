@@ -25,7 +25,10 @@ TITLE = "hf_ae: every autoencoder"
 HEADER = """<header><h1>Every autoencoder, in your browser</h1>
 <p>An autoencoder learns to put a picture into a few numbers, its <b>code</b>, and to get it back from them. Here is what that is good for.
 Every model here is small enough for a CPU.</p></header>"""
-HEAD = '<meta name="description" content="Draw, compress, explore, repair: autoencoders as Hugging Face models."><meta name="color-scheme" content="light dark">'
+HEAD = (
+    '<meta name="description" content="Draw, compress, explore, repair: autoencoders as Hugging Face models.">'
+    '<meta name="color-scheme" content="light dark">'
+)
 KEEP_FILES = 3600
 """Seconds that uploads and results stay on the disk."""
 

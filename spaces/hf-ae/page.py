@@ -64,7 +64,21 @@ def intro(text: str, *steps: tuple[str, str]) -> gr.HTML:
         for shape, label in steps
     )
     way = " → ".join(label for _, label in steps)
-    return gr.HTML(f'<div class="intro"><p>{text}</p><ol class="flow" aria-label="{html.escape("How it works: " + way)}">{drawn}</ol></div>')
+    return gr.HTML(
+        f'<div class="intro"><p>{text}</p><ol class="flow" aria-label="{html.escape("How it works: " + way)}">{drawn}</ol></div>'
+    )
+
+
+def show_one(label: str, elem_id: str, **options) -> gr.Image:
+    """A picture that the page shows."""
+    shown = {"format": "png", "interactive": False, "alt_text": label, "buttons": ["download"], **options}
+    return gr.Image(label=label, elem_id=elem_id, **shown)
+
+
+def show_many(label: str, elem_id: str, columns: int, **options) -> gr.Gallery:
+    """Pictures side by side that the page shows."""
+    shown = {"format": "png", "interactive": False, "height": "auto", "object_fit": "contain", "buttons": ["fullscreen"], **options}
+    return gr.Gallery(label=label, elem_id=elem_id, columns=columns, **shown)
 
 
 def status(text: str = "", elem_id: str | None = None) -> gr.HTML:
@@ -84,8 +98,8 @@ def table(headers: list[str], rows: list[list[str]], caption: str, marked: int |
     for number, (first, *rest) in enumerate(rows):
         cells = "".join(f"<td>{html.escape(cell)}</td>" for cell in rest)
         body += f'<tr{" class=marked" if number == marked else ""}><th scope="row">{html.escape(first)}</th>{cells}</tr>'
-    caption = f"<caption>{html.escape(caption)}</caption>"
-    return f'<div class="scroll" tabindex="0"><table class="figures">{caption}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    parts = f"<caption>{html.escape(caption)}</caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody>"
+    return f'<div class="scroll" tabindex="0"><table class="figures">{parts}</table></div>'
 
 
 def data_uri(picture) -> str:

@@ -192,9 +192,7 @@ def readable(error: Exception) -> gr.Error:
 
 def upload(**options) -> gr.Image:
     """An image input that hands over the path of the file as it came: nothing is decoded before its size is known."""
-    image = gr.Image(
-        type="filepath", image_mode=None, format="png", sources=["upload", "clipboard"], alt_text=options["label"], **options
-    )
+    image = gr.Image(type="filepath", image_mode=None, format="png", sources=["upload", "clipboard"], alt_text=options["label"], **options)
     decode = image.preprocess
     image.preprocess = lambda payload: payload.path if payload is not None and payload.path else decode(payload)  # type: ignore[method-assign]
     return image

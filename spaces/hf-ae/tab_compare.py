@@ -5,17 +5,25 @@ from __future__ import annotations
 import json
 
 import gradio as gr
-from page import intro, table
+from page import intro, show_many, table
 from serving import file_of, friendly, keep
 
 FAMILIES = {
     "Fashion-MNIST": (
-        "fashion-ae", "fashion-sparse", "fashion-contractive", "fashion-denoising", "fashion-vae", "fashion-beta-vae", "fashion-vaegan",
-        "fashion-vqvae", "fashion-vqvae2", "fashion-compressive",
+        "fashion-ae",
+        "fashion-sparse",
+        "fashion-contractive",
+        "fashion-denoising",
+        "fashion-vae",
+        "fashion-beta-vae",
+        "fashion-vaegan",
+        "fashion-vqvae",
+        "fashion-vqvae2",
+        "fashion-compressive",
     ),
     "MNIST": ("mnist-ae-2d", "mnist-deep-ae", "mnist-vae"),
     "Photos and emoji": ("photo-compressive", "emoji-compressive"),
-}  # fmt: skip
+}
 """Models that were measured on the same test pictures."""
 COLUMNS = {
     "numbers in the code": lambda m: f"{m['code_size']:,}",
@@ -62,7 +70,9 @@ def compare(family: str = "Fashion-MNIST"):
     caption = f"Measured on test pictures ({'; '.join(pictures)}), with hf-ae evaluate"
     head = ["model", *(list(COLUMNS)[i] for i in kept)]
     drawn = [(path, name) for name in rows if (path := file_of(name, "reconstructions.png") or file_of(name, "roundtrip.jpg"))]
-    return table(head, [[name, *(row[i] for i in kept)] for name, row in rows.items()], caption), [(keep(path), name) for path, name in drawn]
+    return table(head, [[name, *(row[i] for i in kept)] for name, row in rows.items()], caption), [
+        (keep(path), name) for path, name in drawn
+    ]
 
 
 def build():
@@ -78,9 +88,6 @@ def build():
     )
     family = gr.Radio(list(FAMILIES), value="Fashion-MNIST", label="Trained and measured on", elem_id="family")
     figures = gr.HTML(label="Figures", elem_id="measured", apply_default_css=False)
-    pictures = gr.Gallery(
-        label="Test pictures, what comes back, and PCA where it was measured", columns=1, format="png", height="auto", object_fit="contain",
-        interactive=False, elem_id="measured-pictures", buttons=["fullscreen"],
-    )  # fmt: skip
+    pictures = show_many("Test pictures, what comes back, and PCA where it was measured", "measured-pictures", 1)
     family.input(compare, family, [figures, pictures], api_name="compare", queue=False)
     return [figures, pictures]

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import html
-
 import gradio as gr
-from page import data_uri, intro
+import latent_plane
+from page import intro, show_many, show_one
 from picker import buttons_for, chosen, picker_of, sheet_items
 from serving import GPU, LIVE, SHARED, SHEETS, enlarge, friendly, load_model, number, open_upload, sample_file, samples, upload, whole
 
@@ -14,9 +13,6 @@ WALKERS = {"Clothes": ("clothes", "fashion-vae"), "Digits": ("digits", "mnist-va
 ENDS = {"Clothes": (("sneaker", 1), ("ankle boot", 1)), "Digits": (("3", 1), ("8", 1))}
 FRAMES = 9
 TURNED, TURNS = "fashion-beta-vae", 10
-PLANE, PLANE_SIDE = "mnist-ae-2d", 20
-PLANE_X, PLANE_Y = (-8.0, 17.0), (-8.0, 17.0)
-"""Model of the plane, pictures along a side of the map, and what part of the plane it shows: that where nearly all digits lie."""
 DICE = {"Autoencoder": "mnist-deep-ae", "VAE": "mnist-vae"}
 SPREADS = {"N(0, 1), as the VAE was trained": False, "as wide as each model's own codes": True}
 
@@ -87,15 +83,12 @@ def build_walk():
             ends.append(end_picture("From", 0))
             pickers.append(picker_of(sheet_items("clothes"), "From: test pictures to pick", "walk-pick-a"))
         with gr.Column(min_width=260):
-            here = gr.Image(label="Here", alt_text="Here", format="png", interactive=False, elem_id="walk-here", elem_classes="pixels", height=280, buttons=["download"])
+            here = show_one("Here", "walk-here", elem_classes="pixels", height=280)
             position = gr.Slider(0, 1, 0.5, step=0.01, label="Position on the way", elem_id="position")
         with gr.Column(min_width=220):
             ends.append(end_picture("To", 1))
             pickers.append(picker_of(sheet_items("clothes"), "To: test pictures to pick", "walk-pick-b"))
-    frames = gr.Gallery(
-        label="The whole way", columns=FRAMES, format="png", height="auto", object_fit="contain", interactive=False, elem_id="frames",
-        elem_classes="pixels strip", buttons=[], allow_preview=False,
-    )  # fmt: skip
+    frames = show_many("The whole way", "frames", FRAMES, elem_classes="pixels strip", buttons=[], allow_preview=False)
     walking = {"inputs": [*ends, kind, way, position], "outputs": [here, frames]}
     private = {"api_visibility": "private"}
     gr.on([position.input, way.input, *(end.upload for end in ends)], walk, **walking, api_name="walk", **LIVE)
@@ -107,9 +100,12 @@ def build_walk():
 
 def end_picture(label: str, number: int) -> gr.Image:
     return upload(
-        value=sample_file("clothes", *ENDS["Clothes"][number]), label=label, height=200,
-        elem_id=f"walk-{'ab'[number]}", elem_classes="pixels",
-    )  # fmt: skip
+        value=sample_file("clothes", *ENDS["Clothes"][number]),
+        label=label,
+        height=200,
+        elem_id=f"walk-{'ab'[number]}",
+        elem_classes="pixels",
+    )
 
 
 def pick_end(kind, event: gr.EventData):
@@ -166,15 +162,15 @@ def build_arithmetic():
     with gr.Row(equal_height=False):
         with gr.Column(scale=3, min_width=240):
             c = upload(
-                value=sample_file("clothes", "sneaker", 1), label="plus this picture", height=200,
-                elem_id="group-c", elem_classes="pixels",
-            )  # fmt: skip
+                value=sample_file("clothes", "sneaker", 1),
+                label="plus this picture",
+                height=200,
+                elem_id="group-c",
+                elem_classes="pixels",
+            )
             picker = picker_of(sheet_items("clothes"), "Test pictures to pick", "pick-c")
         with gr.Column(scale=8, min_width=300):
-            shown = gr.Gallery(
-                label="Mean of 8 − mean of 8 + picture = result", columns=4, format="png", height="auto", object_fit="contain", interactive=False,
-                elem_id="sum", elem_classes="pixels", buttons=["fullscreen"],
-            )  # fmt: skip
+            shown = show_many("Mean of 8 − mean of 8 + picture = result", "sum", 4, elem_classes="pixels")
     private = {"api_visibility": "private"}
     summing = {"inputs": [a, b, c], "outputs": shown}
     gr.on([a.input, b.input, c.upload], arithmetic, **summing, api_name="arithmetic", **SHARED)
@@ -209,9 +205,17 @@ def numbers_of(picture: str):
 @friendly
 @GPU
 def draw_numbers(
-    n1: float = 0, n2: float = 0, n3: float = 0, n4: float = 0, n5: float = 0,
-    n6: float = 0, n7: float = 0, n8: float = 0, n9: float = 0, n10: float = 0,
-):  # fmt: skip
+    n1: float = 0,
+    n2: float = 0,
+    n3: float = 0,
+    n4: float = 0,
+    n5: float = 0,
+    n6: float = 0,
+    n7: float = 0,
+    n8: float = 0,
+    n9: float = 0,
+    n10: float = 0,
+):
     """Draw a piece of clothing from the ten numbers of a β-VAE's code.
 
     Args:
@@ -245,10 +249,7 @@ def numbers_first():
 def build_numbers():
     with gr.Row(equal_height=False):
         with gr.Column(scale=4, min_width=260):
-            shown = gr.Image(
-                label="What the decoder draws", alt_text="What the decoder draws", format="png", interactive=False, elem_id="turned", elem_classes="pixels", height=280,
-                buttons=["download"],
-            )  # fmt: skip
+            shown = show_one("What the decoder draws", "turned", elem_classes="pixels", height=280)
             picker = picker_of(sheet_items("clothes"), "Start from a test picture", "turn-picker")
             with gr.Accordion("Start from your own picture", open=False):
                 own = upload(label="Picture", height=160, elem_id="turn-upload")
@@ -264,94 +265,6 @@ def build_numbers():
     chosen = gr.State()
     picker.click(pick_clothes, None, chosen, queue=False, **private).then(numbers_of, chosen, [*sliders, shown], **SHARED, **private)
     return [*sliders, shown]
-
-
-# The plane
-
-
-@friendly
-@GPU
-def plane_point(x: float = 0, y: float = 0):
-    """Draw the digit at a point of the plane: an autoencoder keeps two numbers of a digit, and every pair is a point.
-
-    Args:
-        x: The first number of the code.
-        y: The second number of the code.
-
-    Returns:
-        The digit that the decoder draws there.
-    """
-    import torch
-
-    from hf_ae.latents import decode
-
-    loaded = load_model(PLANE)
-    code = [number(x, -1000, 1000, "x"), number(y, -1000, 1000, "y")]
-    return drawn(loaded, decode(loaded[0], torch.tensor([code])))[0]
-
-
-def plane_first():
-    """The map, and the digit in the middle of it."""
-    from hf_ae.latents import manifold_grid
-    from hf_ae.plots import image_grid
-
-    grid = manifold_grid(load_model(PLANE)[0], PLANE_SIDE, PLANE_X, PLANE_Y)
-    return map_html(image_grid(grid, PLANE_SIDE, gap=0)), plane_point(sum(PLANE_X) / 2, sum(PLANE_Y) / 2)
-
-
-def map_html(picture) -> str:
-    edges = 'data-left="{}" data-right="{}" data-bottom="{}" data-top="{}"'.format(*PLANE_X, *PLANE_Y)
-    label = "Map of the plane: a digit at every point. Point or drag on it; or use the two sliders."
-    return (
-        f'<div class="map" {edges} role="img" aria-label="{html.escape(label)}"><img src="{data_uri(picture)}" alt="" draggable="false">'
-        '<i class="dot"></i></div>'
-    )
-
-
-POINT = """const at = event => {
-    const map = element.querySelector('.map');
-    if (!map) return;
-    const box = map.getBoundingClientRect(), d = map.dataset;
-    const u = Math.min(1, Math.max(0, (event.clientX - box.left) / box.width));
-    const v = Math.min(1, Math.max(0, (event.clientY - box.top) / box.height));
-    map.querySelector('.dot').style.cssText = `left:${100 * u}%;top:${100 * v}%`;
-    const x = Number(d.left) + u * (d.right - d.left), y = Number(d.top) + v * (d.bottom - d.top);
-    trigger('input', {x: Math.round(100 * x) / 100, y: Math.round(100 * y) / 100});
-};
-let held = false;
-element.addEventListener('pointerdown', event => { held = true; at(event); });
-element.addEventListener('pointermove', event => { if (held || event.pointerType === 'mouse') at(event); });
-window.addEventListener('pointerup', () => { held = false; });"""
-MOVE_DOT = """(x, y) => {
-    const map = document.querySelector('#plane .map');
-    if (map) {
-        const d = map.dataset, u = (x - d.left) / (d.right - d.left), v = (y - d.top) / (d.bottom - d.top);
-        map.querySelector('.dot').style.cssText = `left:${100 * u}%;top:${100 * v}%`;
-    }
-    return [x, y];
-}"""
-
-
-def point_at(event: gr.EventData):
-    """The pointer on the map -> the two sliders and the digit."""
-    return event.x, event.y, plane_point(event.x, event.y)
-
-
-def build_plane():
-    with gr.Row(equal_height=False):
-        with gr.Column(scale=6, min_width=300):
-            plane = gr.HTML(elem_id="plane", js_on_load=POINT, apply_default_css=False)
-        with gr.Column(scale=4, min_width=260):
-            shown = gr.Image(
-                label="The digit at this point", alt_text="The digit at this point", format="png", interactive=False, elem_id="plane-digit", elem_classes="pixels", height=280,
-                buttons=["download"],
-            )  # fmt: skip
-            x = gr.Slider(*PLANE_X, sum(PLANE_X) / 2, step=0.01, label="First number: left to right", elem_id="plane-x")
-            y = gr.Slider(*PLANE_Y, sum(PLANE_Y) / 2, step=0.01, label="Second number: bottom to top", elem_id="plane-y")
-    private = {"api_visibility": "private"}
-    gr.on([x.input, y.input], plane_point, [x, y], shown, js=MOVE_DOT, api_name="plane_point", **LIVE)
-    plane.input(friendly(point_at), None, [x, y, shown], **LIVE, **private)
-    return [plane, shown]
 
 
 # Dice
@@ -377,20 +290,21 @@ def random_digits(seed: int = 0, spread: str = next(iter(SPREADS))):
     seed, sheets = whole(seed, 0, 2**31 - 1, "The seed"), []
     for name in DICE.values():
         loaded = load_model(name)
-        like = encode(loaded, sum(samples("digits").values(), [])) if SPREADS[spread] else None
+        like = encode(loaded, [picture for row in samples("digits").values() for picture in row]) if SPREADS[spread] else None
         sheets.append(image_grid(decode(loaded[0], random_codes(loaded[0], 25, like, seed)), 5, cell=84, gap=2))
     return sheets
 
 
 def build_random():
     with gr.Row(equal_height=False):
-        seed = gr.Slider(0, 99, 0, step=1, label="Throw the dice: seed of 25 random codes", elem_id="dice")
-        spread = gr.Radio(list(SPREADS), value=next(iter(SPREADS)), label="How far apart the codes are", elem_id="spread")
+        seed = gr.Slider(0, 99, 0, step=1, label="Throw the dice", info="Seed of 25 random codes", elem_id="dice", min_width=260)
+        spread = gr.Radio(list(SPREADS), value=next(iter(SPREADS)), label="How far apart the codes are", elem_id="spread", min_width=260)
     with gr.Row(equal_height=False):
         sheets = [
-            gr.Image(label=label, alt_text=label, format="png", interactive=False, elem_id=f"dice-{i}", buttons=["download"])
-            for i, label in enumerate(("Autoencoder, 30 numbers: it only learned to copy", "VAE, 40 numbers: it learned to fill the space"))
+            show_one(title, f"dice-{i}", alt_text=f"25 random codes, decoded by the {title}", elem_classes="pixels")
+            for i, title in enumerate(DICE)
         ]
+    gr.HTML("<p>The autoencoder only learned to copy digits, so most codes mean nothing to it; the VAE had to fill the space around 0.</p>")
     gr.on([seed.input, spread.input], random_digits, [seed, spread], sheets, api_name="random_digits", **LIVE)
     return sheets
 
@@ -399,7 +313,7 @@ SECTIONS = {
     "Walk": (build_walk, walk_first),
     "Arithmetic": (build_arithmetic, arithmetic_first),
     "Turn the numbers": (build_numbers, numbers_first),
-    "The plane": (build_plane, plane_first),
+    "The plane": (latent_plane.build, latent_plane.first),
     "Random codes": (build_random, random_digits),
 }
 

@@ -6,7 +6,7 @@ import random
 import time
 
 import gradio as gr
-from page import intro, say, status
+from page import intro, say, show_many, show_one, status
 from serving import GPU, SHARED, friendly, is_loaded, load_pipeline, number, open_upload, upload, whole
 
 MOST_LETTERS, MOST_STEPS, MOST_PICTURES = 300, 50, 6
@@ -98,9 +98,8 @@ def draw(
         yield gr.skip(), say("Loading the model: this happens once …")
     pipe, started = pipeline_with(scheduler), time.perf_counter()
     for output in pipe.stream(**options):
-        if hasattr(output, "step"):
-            if output.step < output.num_steps:
-                yield output.images, say(f"Step {output.step} of {output.num_steps}")
+        if hasattr(output, "step") and output.step < output.num_steps:
+            yield output.images, say(f"Step {output.step} of {output.num_steps}")
     taken = (output.captions or [""])[0]
     drawn_as = f"Drawn as “{taken}”, " if taken and taken.lower() != options["prompt"].lower() else "Drawn "
     yield output.images, say(f"{drawn_as}in {time.perf_counter() - started:.2f} s.")
@@ -182,28 +181,29 @@ def build(demo: gr.Blocks):
             with gr.Row():
                 draw_button = gr.Button("Draw", variant="primary", elem_id="draw", scale=3, min_width=120)
                 lucky = gr.Button("Another seed", elem_id="another-seed", scale=2, min_width=120)
-            examples = gr.Examples([[text] for text in PROMPTS], prompt, label="Examples", elem_id="prompt-examples", api_visibility="private")
+            examples = gr.Examples(
+                [[text] for text in PROMPTS], prompt, label="Examples", elem_id="prompt-examples", api_visibility="private"
+            )
             with gr.Accordion("More settings", open=False, elem_id="prompt-more"):
                 with gr.Row():
                     seed = gr.Number(FIRST["seed"], label="Seed", precision=0, minimum=0, elem_id="seed", min_width=120)
                     count = gr.Slider(1, MOST_PICTURES, FIRST["count"], step=1, label="Pictures", elem_id="count", min_width=160)
                 steps = gr.Slider(1, MOST_STEPS, FIRST["steps"], step=1, label="Steps", elem_id="steps")
-                guidance = gr.Slider(1, 10, FIRST["guidance"], step=0.5, label="Guidance: how closely to follow the prompt", elem_id="guidance")
+                guidance = gr.Slider(
+                    1, 10, FIRST["guidance"], step=0.5, label="Guidance: how closely to follow the prompt", elem_id="guidance"
+                )
                 scheduler = gr.Dropdown(list(SCHEDULERS), value=FIRST["scheduler"], label="Scheduler", elem_id="scheduler")
             with gr.Accordion("Start from a picture", open=False, elem_id="prompt-image"):
                 picture = upload(label="Picture to start from", height=200, elem_id="start-picture")
                 strength = gr.Slider(0, 1, 0.6, step=0.05, label="Strength: how far to leave it", elem_id="strength")
         with gr.Column(scale=6, min_width=300):
-            pictures = gr.Gallery(
-                label="Pictures", columns=3, height="auto", object_fit="contain", format="png", elem_id="pictures", elem_classes="emoji",
-                buttons=["download", "fullscreen"], interactive=False,
-            )  # fmt: skip
+            pictures = show_many("Pictures", "pictures", 3, elem_classes="emoji", buttons=["download", "fullscreen"])
             told = status("", "draw-status")
             with gr.Row():
                 sheet_button = gr.Button("Sheet: steps × seeds", size="sm", elem_id="sheet-button", min_width=120)
                 share_button = gr.Button("Copy a link to this", size="sm", elem_id="share", min_width=120)
             link = gr.Textbox(label="Link, copied", visible=False, interactive=False, buttons=["copy"], elem_id="link")
-            sheet = gr.Image(label="What more steps buy", alt_text="What more steps buy", format="png", visible=False, interactive=False, elem_id="sheet", buttons=["download", "fullscreen"])
+            sheet = show_one("What more steps buy", "sheet", visible=False, buttons=["download", "fullscreen"])
 
     fields = [prompt, seed, steps, guidance, scheduler, count]
     drawing = {"inputs": [*fields, picture, strength], "outputs": [pictures, told], "show_progress_on": told, **SHARED}

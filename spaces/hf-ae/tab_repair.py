@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import gradio as gr
-from page import intro, say, status
+from page import intro, say, show_many, status
 from picker import chosen, picker_of, sheet_items
 from serving import GPU, LIVE, SHARED, available, enlarge, friendly, load_model, number, open_upload, sample_file, upload, whole
 
@@ -74,7 +74,9 @@ def repair(picture: str, damage: str = "Noise", level: float = 0.3, seed: int = 
     note = "This model was trained for this damage." if trained else "This model never saw this damage: it was trained for gaussian noise."
     drawn = [enlarge(p) for p in processor.postprocess(torch.cat([pixels, damaged, repaired]))]
     verdict = "better" if after > before else "worse"
-    return list(zip(drawn, ("original", "damaged", "repaired"))), say(f"PSNR {before:.1f} dB before, {after:.1f} dB after: {verdict}. {note}")
+    return list(zip(drawn, ("original", "damaged", "repaired"))), say(
+        f"PSNR {before:.1f} dB before, {after:.1f} dB after: {verdict}. {note}"
+    )
 
 
 def first():
@@ -107,19 +109,19 @@ def build():
     with gr.Row(equal_height=False):
         with gr.Column(scale=4, min_width=300):
             picture = upload(
-                value=sample_file("clothes", *START), label="Picture", height=200,
-                elem_id="repair-picture", elem_classes="pixels",
-            )  # fmt: skip
+                value=sample_file("clothes", *START),
+                label="Picture",
+                height=200,
+                elem_id="repair-picture",
+                elem_classes="pixels",
+            )
             picker = picker_of(sheet_items("clothes", 0), "Test pictures to pick", "repair-picker")
             damage = gr.Radio(offered(), value=FIRST[0], label="Damage", elem_id="damage")
             low, high, value, step = DAMAGES[FIRST[0]][2]
             level = gr.Slider(low, high, value, step=step, label="How much", elem_id="level")
             seed = gr.Slider(0, 99, 0, step=1, label="Seed of the damage", elem_id="damage-seed")
         with gr.Column(scale=7, min_width=300):
-            shown = gr.Gallery(
-                label="Original, damaged, repaired", columns=3, format="png", height="auto", object_fit="contain", interactive=False,
-                elem_id="repaired", elem_classes="pixels", buttons=["download", "fullscreen"],
-            )  # fmt: skip
+            shown = show_many("Original, damaged, repaired", "repaired", 3, elem_classes="pixels", buttons=["download", "fullscreen"])
             told = status("", "repair-status")
 
     private = {"api_visibility": "private"}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import gradio as gr
 from gradio.processing_utils import save_bytes_to_cache
-from page import intro, say, status, table
+from page import intro, say, show_many, show_one, status, table
 from picker import chosen, picker_of
 from serving import EXAMPLES, GPU, LIVE, SHARED, enlarge, friendly, keep, load_codec, number, open_upload, sample_file, upload
 
@@ -16,7 +16,11 @@ CODECS = {"Photo": ("photo-compressive", 768), "Emoji": ("emoji-compressive", 12
 MOST_FILE = 2_000_000
 """Bytes of a compressed file that is opened."""
 FIRST = ("window.png", "Photo", 0.25)
-SHOWN = {"Photo": ("window", "caps", "boat"), "Emoji": ("owl", "cupcake", "castle", "motor-scooter"), "Clothes": ("ankle boot", "bag", "dress")}
+SHOWN = {
+    "Photo": ("window", "caps", "boat"),
+    "Emoji": ("owl", "cupcake", "castle", "motor-scooter"),
+    "Clothes": ("ankle boot", "bag", "dress"),
+}
 """Examples for each model."""
 
 
@@ -143,33 +147,32 @@ def build():
     )
     with gr.Row(equal_height=False):
         with gr.Column(scale=4, min_width=300):
-            picture = upload(
-                value=str(EXAMPLES / FIRST[0]), label="Picture", height=240, elem_id="trip-picture"
-            )
+            picture = upload(value=str(EXAMPLES / FIRST[0]), label="Picture", height=240, elem_id="trip-picture")
             kind = gr.Radio(list(CODECS), value=FIRST[1], label="Model trained with", elem_id="trip-model")
             quality = gr.Slider(0, 1, FIRST[2], step=0.01, label="Quality", elem_id="quality")
             picker = picker_of(items(), "Examples", "trip-picker")
         with gr.Column(scale=7, min_width=300):
             slider = gr.ImageSlider(
-                label="Before | after: drag the line", format="png", elem_id="trip-slider", interactive=False, max_height=440,
+                label="Before | after: drag the line",
+                format="png",
+                elem_id="trip-slider",
+                interactive=False,
+                max_height=440,
                 buttons=["fullscreen"],
-            )  # fmt: skip
+            )
             told = status("", "trip-status")
             with gr.Row():
                 file = gr.File(label="The compressed file", elem_id="trip-file", interactive=False, height=90)
             compare = gr.Button("Put JPEG, WebP and AVIF of this size beside it", elem_id="beside")
     with gr.Column(visible=False, elem_id="others") as others:
         figures = gr.HTML(label="Figures", elem_id="trip-figures", apply_default_css=False)
-        gallery = gr.Gallery(
-            label="At the same size", columns=4, format="png", elem_id="trip-others", object_fit="contain", height="auto", interactive=False,
-            buttons=["fullscreen"],
-        )  # fmt: skip
+        gallery = show_many("At the same size", "trip-others", 4)
         with gr.Accordion("Panel: original | latents | decoded", open=False):
-            panel = gr.Image(label="Panel", alt_text="Panel", show_label=False, format="png", interactive=False, elem_id="trip-panel", buttons=["download"])
+            panel = show_one("Panel", "trip-panel", show_label=False)
     with gr.Accordion("Open a compressed file", open=False, elem_id="open-accordion"), gr.Row(equal_height=False):
         dropped = gr.File(label="Drop an .hfae file", file_types=[".hfae"], elem_id="dropped", height=160)
         with gr.Column():
-            opened = gr.Image(label="The picture in it", alt_text="The picture in it", format="png", interactive=False, elem_id="opened", height=240, buttons=["download"])
+            opened = show_one("The picture in it", "opened", height=240)
             said = status("", "open-status")
 
     private = {"api_visibility": "private"}
