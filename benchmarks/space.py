@@ -37,29 +37,26 @@ REDRAWS = {"Round trip": ("quality", "trip-slider"), "Walk": ("position", "walk-
            "The plane": ("plane-x", "plane-digit")}  # fmt: skip
 """Tab -> its slider, and what that redraws."""
 
-DRAW = """() => new Promise(done => {
-    const start = performance.now(), shown = document.querySelector('#pictures'), told = document.querySelector('#draw-status');
+DRAW = """() => new Promise((done, fail) => {
+    const start = performance.now(), told = document.querySelector('#draw-status');
     let preview = null, running = false;
-    const loaded = () => {
-        preview ??= performance.now() - start;
+    const look = () => {
         running ||= told.innerText.includes('Step');
-        if (running && told.innerText.includes('Drawn')) done([preview, performance.now() - start]);
-    };
-    shown.addEventListener('load', loaded, true);
-    new MutationObserver(loaded_soon).observe(told, {subtree: true, childList: true, characterData: true});
-    function loaded_soon() {
-        if (told.innerText.includes('Step')) running = true;
         if (running && preview !== null && told.innerText.includes('Drawn')) done([preview, performance.now() - start]);
-    }
+    };
+    document.querySelector('#pictures').addEventListener('load', () => { preview ??= performance.now() - start; look(); }, true);
+    new MutationObserver(look).observe(told, {subtree: true, childList: true, characterData: true});
+    setTimeout(() => fail('no picture in a minute'), 60000);
     document.querySelector('#draw').click();
 })"""
 """Click on Draw -> milliseconds to the first preview on the screen, and to the finished picture."""
-MOVE = """([slider, target, share]) => new Promise(done => {
+MOVE = """([slider, target, share]) => new Promise((done, fail) => {
     const range = document.querySelector(`#${slider} input[type=range]`), start = performance.now();
     document.querySelector(`#${target}`).addEventListener('load', () => done(performance.now() - start), {capture: true, once: true});
     const value = Number(range.min) + share * (range.max - range.min);
     Object.getOwnPropertyDescriptor(HTMLInputElement.prototype, 'value').set.call(range, value);
     range.dispatchEvent(new Event('input', {bubbles: true}));
+    setTimeout(() => fail('no picture in a minute'), 60000);
 })"""
 """Move a slider -> milliseconds to the redrawn picture."""
 
@@ -133,6 +130,8 @@ def measure_page(page, runs: int):
     page.get_by_role("tab", name="Compare").click()
     page.locator("#measured table").wait_for(timeout=60_000)  # the last that the page fills in by itself
     page.get_by_role("tab", name="Prompt to picture").click()
+    page.locator("#pictures img").first.wait_for()
+    page.wait_for_timeout(500)
     drawn = []
     for prompt in (["rocket", "cat face", "rainbow", "octopus"] * runs)[:runs]:
         page.get_by_label("Prompt", exact=True).fill(prompt)
@@ -239,7 +238,8 @@ def leave(url: str, client, drawings: int = 6):
     client.predict(1, 2, api_name="/plane_point")
     waited, whole = time.perf_counter() - started, alone * drawings / 2
     verdict = "freed" if waited < whole / 2 else "NOT freed"
-    print(f"{drawings} clients left their drawings of {alone:.1f} s; the next answer after {waited:.1f} s (all: {whole:.1f} s): slots {verdict}")
+    left = f"{drawings} clients left their drawings of {alone:.1f} s"
+    print(f"{left}; the next answer after {waited:.1f} s (all: {whole:.1f} s): slots {verdict}")
 
 
 def main():

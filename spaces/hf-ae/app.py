@@ -12,7 +12,10 @@ os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 os.environ.setdefault("GRADIO_TEMP_DIR", tempfile.mkdtemp(prefix="hf_ae_space_"))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-import gradio as gr
+from quick_start import without_stubs
+
+with without_stubs():
+    import gradio as gr
 import tab_compare
 import tab_latent
 import tab_prompt
@@ -79,11 +82,12 @@ def warm():
 def main():
     demo = build()
     demo.queue(max_size=100)
-    threading.Thread(target=warm, daemon=True).start()
     demo.launch(
         theme=theme(), css_paths=HERE / "style.css", head=HEAD, mcp_server=True, show_error=False, max_file_size="30mb", ssr_mode=False,
-        footer_links=["api", "gradio", "settings"],
+        footer_links=["api", "gradio", "settings"], prevent_thread_lock=True,
     )  # fmt: skip
+    threading.Thread(target=warm, daemon=True).start()
+    demo.block_thread()
 
 
 if __name__ == "__main__":
