@@ -83,7 +83,7 @@ def main():
     demo = build()
     demo.queue(max_size=100)
     demo.launch(
-        theme=theme(), css_paths=HERE / "style.css", head=HEAD, mcp_server=True, show_error=False, max_file_size="30mb", ssr_mode=False,
+        theme=theme(), css_paths=HERE / "style.css", head=HEAD, mcp_server=True, max_file_size="30mb", max_threads=8, ssr_mode=False,
         footer_links=["api", "gradio", "settings"], prevent_thread_lock=True,
     )  # fmt: skip
     threading.Thread(target=warm, daemon=True).start()
