@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 # A stamp, so that the install runs once and again only when what it installs changes.
 READY := $(VENV)/.installed
 
-.PHONY: demo test lint cards clean
+.PHONY: demo space test lint cards clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed: make PYTHON=python3.11" if sys.version_info < (3, 11) else 0)'
@@ -14,6 +14,9 @@ $(READY): pyproject.toml constraints.txt
 
 demo: $(READY)
 	HF_HUB_OFFLINE=1 $(BIN)/hf-ae demo
+
+space: $(READY)
+	HF_HUB_OFFLINE=1 $(BIN)/python spaces/hf-ae/app.py
 
 test: $(READY)
 	$(BIN)/pytest -q

@@ -233,12 +233,12 @@ def generate(
 
 @app.command()
 def push(
-    folder: Annotated[Path, typer.Argument(help="Folder of a model or a pipeline, exactly what the repository will hold.")],
+    folder: Annotated[Path, typer.Argument(help="Folder of a model, a pipeline or a Space, exactly what the repository will hold.")],
     repo: Annotated[str, typer.Option("--repo", help="owner/name on the Hub.")],
     private: Annotated[bool, typer.Option("--private", help="Make the repository private when it is created.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check only; upload nothing.")] = False,
 ):
-    """Check the folder of a model or a pipeline (weights load, card complete, no stray files) and upload it in one commit."""
+    """Check the folder of a model, a pipeline or a Space (weights load, card complete, no stray files) and upload it in one commit."""
     from .hub import check_folder, push_folder
 
     files = check_folder(folder)

@@ -1,4 +1,4 @@
-"""A model or pipeline folder is a Hub repository: its code, its check, its upload. Its card is written by `cards`."""
+"""A folder of a model, a pipeline or a Space is a Hub repository: its code, its check, its upload. Its card is written by `cards`."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ WEIGHTS = r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?|sampler\.safetensor
 """At the top of a model folder."""
 COMPONENT_FILES = r"[\w.-]+\.(safetensors|json|txt|model|jinja|py)"
 """In the folder of a pipeline's component."""
+SPACE_FILES = r"README\.md|requirements\.txt|packages\.txt|\.gitattributes|[a-z_]+\.(py|css)|[\w-]+\.(png|jpg)|examples/[\w-]+\.(png|jpg)"
+SPACE_CARD = ["title", "sdk", "sdk_version", "app_file", "license"]
 RUN_FILES = re.compile(r"(checkpoint-\d+|samples|latents|logs|__pycache__|\..*)/|\.hf_ae_run")
 """What a training run leaves beside the model: never uploaded."""
 
@@ -42,14 +44,50 @@ def refresh(folder):
     write_card(folder)
 
 
+def is_space(folder: Path) -> bool:
+    """Whether the card of a folder says that it is a Space."""
+    card = folder / "README.md"
+    return card.is_file() and bool(front_matter(card.read_text()).get("sdk"))
+
+
+def check_space(folder: Path) -> list[str]:
+    """The files of a Space's folder to upload. Raises ValueError where one is missing, does not belong or is no Python."""
+    files = files_of(folder)
+    check_card(folder / "README.md", SPACE_CARD)
+    needed = [front_matter((folder / "README.md").read_text())["app_file"], "requirements.txt"]
+    if missing := [name for name in needed if name not in files]:
+        raise ValueError(f"{folder} lacks {', '.join(missing)}.")
+    check_stray(folder, files, SPACE_FILES, "a Space")
+    for name in (f for f in files if f.endswith(".py")):
+        try:
+            compile((folder / name).read_text(), name, "exec")
+        except SyntaxError as error:
+            raise ValueError(f"{folder / name} is no Python: {error}") from None
+    return files
+
+
+def files_of(folder: Path) -> list[str]:
+    """All files of a folder but those that a run leaves."""
+    files = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+    return [f for f in files if not RUN_FILES.match(f)]
+
+
+def check_stray(folder: Path, files: list[str], allowed: str, what: str):
+    """Raise ValueError where a file does not fit the pattern."""
+    if stray := [f for f in files if not re.fullmatch(allowed, f)]:
+        raise ValueError(f"{folder} holds files that do not belong in {what}: {', '.join(stray[:5])}. Remove them first.")
+
+
 def check_folder(folder) -> list[str]:
-    """The files of a model or pipeline folder to upload. Raises ValueError where something is missing, broken or does not belong.
+    """The files of a model, pipeline or Space folder to upload. Raises ValueError where one is missing, broken or does not belong.
 
     What save_pipeline would write of code into a pipeline folder, and is not there, is written.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"{folder} is no folder.")
+    if is_space(folder):
+        return check_space(folder)
     is_pipeline = (folder / "model_index.json").is_file()
     needed = (
         [*(f"{name}/" for name in components(folder)), "README.md"]
@@ -61,12 +99,9 @@ def check_folder(folder) -> list[str]:
     if is_pipeline and not has_code(folder):
         write_code(folder)
     parts = components(folder) if is_pipeline else {"": ("transformers", "AutoModel")}
-    files = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
-    files = [f for f in files if not RUN_FILES.match(f)]
+    files = files_of(folder)
     inside = rf"({'|'.join(parts)})/{COMPONENT_FILES}" if is_pipeline else WEIGHTS
-    stray = [f for f in files if not re.fullmatch(rf"{ALLOWED}|{inside}", f)]
-    if stray:
-        raise ValueError(f"{folder} holds files that do not belong in a model repository: {', '.join(stray[:5])}. Remove them first.")
+    check_stray(folder, files, rf"{ALLOWED}|{inside}", "a model repository")
     check_card(folder / "README.md", ["tags"] if is_pipeline else ["license", "tags"])
     named = [
         v.split(".")[0] for f in ("config.json", "preprocessor_config.json") for v in read_json(folder / f).get("auto_map", {}).values()
@@ -113,21 +148,21 @@ def check_loads(folder: Path, library: str, class_name: str):
 
 
 def push_folder(folder, repo: str, private: bool = False, dry_run: bool = False) -> str:
-    """Check a model or pipeline folder and upload it to the Hub repository `repo` in one commit; returns the repository's address.
+    """Check a folder of a model, a pipeline or a Space and upload it to the Hub repository `repo` in one commit; returns its address.
 
     Nothing is uploaded when the check fails (ValueError) or with `dry_run`; nothing is committed when nothing changed.
     """
     files = check_folder(folder)
-    api = HfApi()
-    address = f"{api.endpoint}/{repo}"
+    api, header = HfApi(), front_matter((Path(folder) / "README.md").read_text())
+    kind, prefix = ("space", "spaces/") if header.get("sdk") else ("model", "")
     if dry_run:
-        return address
+        return f"{api.endpoint}/{prefix}{repo}"
     try:
-        repo = api.create_repo(repo, private=private, exist_ok=True).repo_id
-        api.upload_folder(folder_path=folder, repo_id=repo, allow_patterns=files, commit_message="Upload with hf_ae")
+        repo = api.create_repo(repo, repo_type=kind, private=private, exist_ok=True, space_sdk=header.get("sdk")).repo_id
+        api.upload_folder(folder_path=folder, repo_id=repo, repo_type=kind, allow_patterns=files, commit_message="Upload with hf_ae")
     except Exception as error:  # refused, offline, or no such host: each client library has its own exceptions
         raise ValueError(f"Nothing was uploaded to {repo}; {folder} is as it was: {first_line(error)}") from None
-    return f"{api.endpoint}/{repo}"
+    return f"{api.endpoint}/{prefix}{repo}"
 
 
 def check_login():

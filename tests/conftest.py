@@ -37,6 +37,16 @@ def train_args(tmp_path):
     return make
 
 
+@pytest.fixture(scope="session")
+def space():
+    """The address of the Space, which runs in a process of its own."""
+    pytest.importorskip("gradio", reason="the Space needs pip install 'hf_ae[space]'")
+    from space_server import running_space
+
+    with running_space() as url:
+        yield url
+
+
 @pytest.fixture
 def warnings(monkeypatch):
     """The warnings of the text-to-image pipeline."""

@@ -6,7 +6,7 @@ with HubServer() as server:
     server.commits("me/vae"), server.files("me/vae"), server.requests   # what arrived
 ```
 
-Models and datasets, in memory. As on the Hub, a new repo starts with one commit that adds `.gitattributes`, binary
+Models, datasets and Spaces, in memory. As on the Hub, a new repo starts with one commit that adds `.gitattributes`, binary
 files travel as LFS, a private repo does not exist for others, and the `X-Error-Code` header decides which exception a
 client raises. Left out: Xet, branches other than main, tags, pull requests.
 """
@@ -71,7 +71,7 @@ class HubServer:
         self._repos: dict[str, list[Commit]] = {}  # "models/me/vae" -> its commits, oldest first
         self._private: set[str] = set()
         self._lfs: dict[str, bytes] = {}  # sha256 -> content
-        api, plain = "/api/{kind}/{owner}/{name}", ("/datasets/{owner}/{name}", "/{owner}/{name}")
+        api, plain = "/api/{kind}/{owner}/{name}", ("/datasets/{owner}/{name}", "/spaces/{owner}/{name}", "/{owner}/{name}")
         routes = [
             Route("/api/whoami-v2", self._whoami),
             Route("/api/repos/create", self._create, methods=["POST"]),
@@ -137,7 +137,8 @@ class HubServer:
     def _find(self, request: Request, write: bool = False) -> tuple[str, Commit]:
         """The repo (its key) and the commit that a URL names."""
         at, (user, _) = request.path_params, self._user(request)
-        kind = at.get("kind") or ("datasets" if request.url.path.startswith("/datasets/") else "models")
+        first = request.url.path.split("/")[1]
+        kind = at.get("kind") or (first if first in ("datasets", "spaces") else "models")
         repo, rev = f"{kind}/{at['owner']}/{at['name']}", at.get("rev", "main")
         if repo not in self._repos or (repo in self._private and user != at["owner"]):
             raise refused(404 if user else 401, "Repository not found", "RepoNotFound")
@@ -157,6 +158,8 @@ class HubServer:
         body, (user, _) = await request.json(), self._user(request, anonymous=False)
         owner = body["organization"] or user
         self._check_write(request, owner)
+        if body.get("type") == "space" and not body.get("sdk"):
+            raise refused(400, "A Space needs an sdk")
         repo = f"{body.get('type', 'model')}s/{owner}/{body['name']}"
         answer = {"url": f"{self.url}/{repo.removeprefix('models/')}"}
         if repo in self._repos:

@@ -9,6 +9,7 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import variants
@@ -139,6 +140,21 @@ def client_push_folder(folder, repo_id, private_id, dry_id):
         heads.append(model_info(repo_id).sha)
     push_folder(folder, private_id, private=True)
     return {"addresses": addresses, "heads": heads, "private": model_info(private_id).private}
+
+
+def client_push_space(folder, repo_id):
+    """Push a Space dry, and twice for real."""
+    from huggingface_hub import space_info
+
+    from hf_ae.hub import push_folder
+
+    push_folder(folder, "me/dry", dry_run=True)
+    addresses, heads = set(), []
+    for _ in range(2):
+        addresses.add(push_folder(folder, repo_id))
+        heads.append(space_info(repo_id).sha)
+    (address,) = addresses
+    return {"address": address, "heads": heads}
 
 
 def client_dataset(repo_id, folder):
@@ -338,6 +354,17 @@ def test_push_folder_uploads_all_of_it_in_one_commit(server, folder):
     assert all(address.endswith("/me/folder") for address in said["addresses"])
     assert said["private"] and len(server.commits("me/private-folder")) == 2
     assert server.commits("me/dry") == []
+
+
+def test_push_of_a_space_uploads_all_of_it_in_one_commit(server, folder):
+    space = Path(hf_ae.__file__).resolve().parent.parent / "spaces" / "hf-ae"
+    (said,) = run_client(server, folder / "publisher", (client_push_space, {"folder": str(space), "repo_id": "me/space"}), token=OWNER)
+    created, commit = server.commits("me/space", "space")
+    files = {path: data for path, data in server.files("me/space", "space").items() if path not in created.files}
+    assert {"README.md", "requirements.txt", "app.py", "style.css", "examples/owl.png"} < set(files)
+    assert all((space / path).read_bytes() == data for path, data in files.items())
+    assert said["heads"] == [commit.oid] * 2 and said["address"].endswith("/spaces/me/space")
+    assert server.commits("me/dry", "space") == server.commits("me/space") == []
 
 
 def test_dataset_of_images_plain_and_streaming(server, folder):

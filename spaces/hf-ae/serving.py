@@ -1,0 +1,300 @@
+"""What every tab needs: models that load once, pictures that are safe to open, errors that read well.
+
+Models come from `HF_AE_SPACE_MODELS`: a folder of model folders or an owner on the Hub, and `name=place` for single models, with
+commas between. Default: the model_cards of the checkout around this folder, or else the owner of the Space.
+"""
+
+from __future__ import annotations
+
+import functools
+import html
+import inspect
+import logging
+import os
+import re
+import threading
+from pathlib import Path
+
+import gradio as gr
+
+HERE = Path(__file__).resolve().parent
+EXAMPLES = HERE / "examples"
+CHECKOUT = HERE.parent.parent / "model_cards"
+MOST_PIXELS = 25_000_000
+"""Of an uploaded picture, as its header announces them."""
+FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "GIF", "BMP", "TIFF")
+"""That Pillow may decode: none of them runs another program."""
+SHARED = {"concurrency_id": "compute", "concurrency_limit": 2}
+"""Every event that computes waits in one queue."""
+LIVE = {**SHARED, "trigger_mode": "always_last", "show_progress": "hidden"}
+"""An event that follows a control while it moves: only its last position counts."""
+log = logging.getLogger("hf_ae.space")
+
+try:
+    from spaces import GPU  # type: ignore[import-not-found]  # ZeroGPU, on the Hub
+except ImportError:
+
+    def GPU(function):  # type: ignore[no-redef]
+        """Here everything runs on the CPU."""
+        return function
+
+
+# Where models are
+
+
+def places() -> tuple[str, dict[str, str]]:
+    """(folder or owner of all models, {name: place} of single ones) from the environment."""
+    parts = [part.strip() for part in os.environ.get("HF_AE_SPACE_MODELS", "").split(",") if part.strip()]
+    single = dict(part.split("=", 1) for part in parts if "=" in part)
+    common = [part for part in parts if "=" not in part]
+    default = str(CHECKOUT) if CHECKOUT.is_dir() else os.environ.get("SPACE_AUTHOR_NAME", "hf-ae")
+    return (common[-1] if common else default), single
+
+
+def place(name: str) -> str:
+    """The folder or the Hub id of a model."""
+    common, single = places()
+    if name in single:
+        return single[name]
+    return str(Path(common) / name) if Path(common).is_dir() else f"{common}/{name}"
+
+
+def published() -> list[str]:
+    """The names of the models that the Space's own README lists."""
+    header = re.match(r"---\n.*?^models:\n((?:- .*\n)+)", (HERE / "README.md").read_text(), re.S | re.M)
+    return [line.rsplit("/", 1)[-1] for line in header[1].splitlines()] if header else []
+
+
+def available(name: str) -> bool:
+    """Whether a model can be loaded: its folder holds weights, or it lies on the Hub."""
+    folder = Path(place(name))
+    if Path(places()[0]).is_dir() and name not in places()[1]:
+        return (folder / "model_index.json").is_file() or (folder / "model.safetensors").is_file()
+    return folder.is_dir() or name in published()
+
+
+def file_of(name: str, filename: str) -> Path | None:
+    """A small file beside a model, from its folder or the Hub; None where there is none."""
+    folder = Path(place(name))
+    if folder.is_dir():
+        return folder / filename if (folder / filename).is_file() else None
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(place(name), filename))
+    except Exception:  # not there, or no network: each has its own exception
+        return None
+
+
+# Models, loaded once
+
+
+LOADING = threading.RLock()
+_loaded: dict[tuple[str, str], object] = {}
+
+
+def load_once(kind: str, name: str, load):
+    """What `load()` gives, the first time; the same object ever after."""
+    if (kind, name) not in _loaded:
+        with LOADING:
+            if (kind, name) not in _loaded:
+                _loaded[kind, name] = load()
+    return _loaded[kind, name]
+
+
+def is_loaded(name: str) -> bool:
+    return any(known == name for _, known in _loaded)
+
+
+def two_threads():
+    """Torch's threads: as many as the small machines have that this runs on."""
+    import torch
+
+    torch.set_num_threads(min(2, os.cpu_count() or 1))
+
+
+def load_model(name: str):
+    """(model, image processor) of a shipped autoencoder."""
+
+    def load():
+        from hf_ae.evaluate import load_model as load_it
+
+        two_threads()
+        return load_it(place(name))
+
+    return load_once("model", name, load)
+
+
+def load_codec(name: str):
+    """An autoencoder as `hf_ae.codec` takes it."""
+
+    def load():
+        from hf_ae.codec import load_codec_model
+
+        two_threads()
+        return load_codec_model.__wrapped__(place(name))
+
+    return load_once("codec", name, load)
+
+
+def load_pipeline(name: str = "emoji-text-to-image"):
+    """The text-to-image pipeline; on the GPU where there is one."""
+
+    def load():
+        import torch
+
+        from hf_ae.generate import load_pipeline as load_it
+
+        two_threads()
+        pipe = load_it(place(name))
+        pipe.set_progress_bar_config(disable=True)
+        return pipe.to("cuda") if torch.cuda.is_available() else pipe
+
+    return load_once("pipeline", name, load)
+
+
+# Errors and inputs
+
+
+def friendly(action):
+    """An action whose every error is one line for whoever asked; what nobody foresaw is logged here."""
+    if inspect.isgeneratorfunction(action):
+
+        @functools.wraps(action)
+        def run(*args, **options):
+            try:
+                yield from action(*args, **options)
+            except Exception as error:
+                raise readable(error) from None
+    else:
+
+        @functools.wraps(action)
+        def run(*args, **options):
+            try:
+                return action(*args, **options)
+            except Exception as error:
+                raise readable(error) from None
+
+    return run
+
+
+def readable(error: Exception) -> gr.Error:
+    """An exception as what a person reads: its text is shown as HTML, so it is escaped."""
+    if isinstance(error, gr.Error):
+        return error
+    if isinstance(error, ValueError):
+        text = (str(error).strip() or "This cannot be done.").splitlines()[0]
+    else:
+        log.error("An action failed", exc_info=error)
+        text = "Something went wrong here. Please try it again, or with another picture."
+    return gr.Error(html.escape(text[:300]), print_exception=False, title="That did not work")
+
+
+def upload(**options) -> gr.Image:
+    """An image input that hands over the path of the file as it came: nothing is decoded before its size is known."""
+    image = gr.Image(type="filepath", image_mode=None, format="png", sources=["upload", "clipboard"], alt_text=options["label"], **options)
+    decode = image.preprocess
+    image.preprocess = lambda payload: payload.path if payload is not None and payload.path else decode(payload)  # type: ignore[method-assign]
+    return image
+
+
+def open_upload(path, most_side: int | None = None, gray: bool = False):
+    """The picture at `path`, RGB or gray, turned as its EXIF says, on white, no side longer than `most_side`. Raises ValueError."""
+    from PIL import Image
+
+    from hf_ae.image_processing import open_image, to_mode
+
+    if not path:
+        raise ValueError("There is no picture yet: upload one, or click one of the examples.")
+    try:
+        with Image.open(path, formats=FORMATS) as header:
+            width, height = header.size
+    except Exception:  # every decoder has its own exceptions
+        raise ValueError(f"This file is no picture that can be read here: use {', '.join(FORMATS[:5])}.") from None
+    if width * height > MOST_PIXELS:
+        most = f"at most {MOST_PIXELS // 1_000_000} are accepted"
+        raise ValueError(f"This picture has {width * height / 1e6:.0f} megapixels, and {most}: make it smaller first.")
+    try:
+        with Image.open(path, formats=FORMATS) as file:
+            if most_side:
+                file.draft("RGB", (most_side, most_side))
+            picture = to_mode(open_image(file), 1 if gray else 3)
+    except Exception:
+        raise ValueError("This picture is damaged: its first part reads well, but not the rest.") from None
+    if most_side and max(picture.size) > most_side:
+        picture.thumbnail((most_side, most_side), Image.Resampling.LANCZOS)
+    return picture
+
+
+def whole(value, low: int, high: int, what: str) -> int:
+    """A whole number within limits. Raises ValueError."""
+    if not isinstance(value, int | float) or not low <= value <= high or value != int(value):
+        raise ValueError(f"{what} must be a whole number from {low:,} to {high:,}.")
+    return int(value)
+
+
+def number(value, low: float, high: float, what: str) -> float:
+    """A number within limits. Raises ValueError."""
+    if not isinstance(value, int | float) or not low <= value <= high:
+        raise ValueError(f"{what} must be a number from {low:g} to {high:g}.")
+    return float(value)
+
+
+# Samples
+
+
+SHEETS = {
+    "digits": [str(digit) for digit in range(10)],
+    "clothes": ["T-shirt", "trousers", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot"],
+}
+"""The sheets of samples: a row for each class."""
+PER_CLASS = 8
+
+
+@functools.cache
+def samples(sheet: str) -> dict[str, list]:
+    """class -> its pictures (28×28, gray), test pictures that no model trained on."""
+    from PIL import Image
+
+    page = Image.open(EXAMPLES / f"{sheet}.png").convert("L")
+    boxes = [[(28 * column, 28 * row, 28 * column + 28, 28 * row + 28) for column in range(PER_CLASS)] for row in range(10)]
+    return {name: [page.crop(box) for box in row] for name, row in zip(SHEETS[sheet], boxes)}
+
+
+@functools.cache
+def own_folder() -> Path:
+    """For files that last as long as the process."""
+    import atexit
+    import shutil
+    import tempfile
+
+    folder = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+@functools.cache
+def sample_file(sheet: str, name: str, index: int) -> str:
+    """One sample as a file of its own."""
+    path = own_folder() / f"{sheet}-{name.replace(' ', '-')}-{index}.png"
+    samples(sheet)[name][index].save(path)
+    return str(path)
+
+
+def keep(path) -> str:
+    """A copy of a file that the page may show for as long as the process lasts."""
+    import hashlib
+    import shutil
+
+    data = Path(path).read_bytes()
+    folder = own_folder() / hashlib.sha256(data).hexdigest()[:16]
+    folder.mkdir(exist_ok=True)
+    return str(shutil.copy(path, folder / Path(path).name))
+
+
+def enlarge(picture, side: int = 224):
+    """A small picture several times as large, pixel by pixel, so that one sees it."""
+    from PIL import Image
+
+    factor = max(1, side // max(picture.size))
+    return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)

@@ -1,0 +1,93 @@
+"""Compare: what was measured of each model, read from the metrics.json beside it."""
+
+from __future__ import annotations
+
+import json
+
+import gradio as gr
+from page import intro, show_many, table
+from serving import file_of, friendly, keep
+
+FAMILIES = {
+    "Fashion-MNIST": (
+        "fashion-ae",
+        "fashion-sparse",
+        "fashion-contractive",
+        "fashion-denoising",
+        "fashion-vae",
+        "fashion-beta-vae",
+        "fashion-vaegan",
+        "fashion-vqvae",
+        "fashion-vqvae2",
+        "fashion-compressive",
+    ),
+    "MNIST": ("mnist-ae-2d", "mnist-deep-ae", "mnist-vae"),
+    "Photos and emoji": ("photo-compressive", "emoji-compressive"),
+}
+"""Models that were measured on the same test pictures."""
+COLUMNS = {
+    "numbers in the code": lambda m: f"{m['code_size']:,}",
+    "PSNR, dB": lambda m: f"{m['reconstruction']['psnr']:.2f}",
+    "SSIM": lambda m: f"{m['reconstruction']['ssim']:.3f}",
+    "PCA, as many numbers: PSNR": lambda m: f"{m['pca']['psnr']:.2f}",
+    "FID of samples": lambda m: f"{m['generation']['fid']:.1f}",
+    "bytes, smallest file": lambda m: f"{m['compression']['qualities']['0']['bytes']:,.0f}",
+    "bytes, best picture": lambda m: f"{m['compression']['qualities']['1']['bytes']:,.0f}",
+}
+"""Title -> what it is of a metrics.json."""
+
+
+def measured(name: str) -> dict | None:
+    """The metrics.json of a model; None where there is none."""
+    path = file_of(name, "metrics.json")
+    return json.loads(path.read_text()) if path else None
+
+
+def cell(read, metrics: dict) -> str:
+    try:
+        return read(metrics)
+    except KeyError:
+        return ""
+
+
+@friendly
+def compare(family: str = "Fashion-MNIST"):
+    """The measured table of a family of autoencoders: size of the code, reconstruction error, files and samples.
+
+    Args:
+        family: Fashion-MNIST, MNIST, or "Photos and emoji".
+
+    Returns:
+        The table as HTML, and pictures: each model's reconstructions of test pictures.
+    """
+    if family not in FAMILIES:
+        raise ValueError(f"This family is not known: use one of {', '.join(FAMILIES)}.")
+    found = {name: metrics for name in FAMILIES[family] if (metrics := measured(name))}
+    rows = {name: [cell(read, metrics) for read in COLUMNS.values()] for name, metrics in found.items()}
+    rows = dict(sorted(rows.items(), key=lambda row: -float(row[1][1] or 0)))
+    kept = [i for i in range(len(COLUMNS)) if any(row[i] for row in rows.values())]
+    pictures = sorted({f"{metrics['images']:,} of {metrics['dataset']}" for metrics in found.values()})
+    caption = f"Measured on test pictures ({'; '.join(pictures)}), with hf-ae evaluate"
+    head = ["model", *(list(COLUMNS)[i] for i in kept)]
+    drawn = [(path, name) for name in rows if (path := file_of(name, "reconstructions.png") or file_of(name, "roundtrip.jpg"))]
+    return table(head, [[name, *(row[i] for i in kept)] for name, row in rows.items()], caption), [
+        (keep(path), name) for path, name in drawn
+    ]
+
+
+def build():
+    """The tab. Returns its outputs."""
+    intro(
+        "One recipe, many autoencoders: they differ in what the code may hold and in what they are punished for. The figures come from "
+        "the <b>metrics.json</b> beside each model, as <b>hf-ae evaluate</b> wrote it.",
+        ("picture", "test picture"),
+        ("encoder", "each encoder"),
+        ("code", "its code"),
+        ("decoder", "its decoder"),
+        ("chart", "error, measured"),
+    )
+    family = gr.Radio(list(FAMILIES), value="Fashion-MNIST", label="Trained and measured on", elem_id="family")
+    figures = gr.HTML(label="Figures", elem_id="measured", apply_default_css=False)
+    pictures = show_many("Test pictures, what comes back, and PCA where it was measured", "measured-pictures", 1)
+    family.input(compare, family, [figures, pictures], api_name="compare", queue=False)
+    return [figures, pictures]

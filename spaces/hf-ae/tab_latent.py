@@ -1,0 +1,337 @@
+"""Latent space: walk, reckon, turn, point and throw dice among codes."""
+
+from __future__ import annotations
+
+import gradio as gr
+import latent_plane
+from page import intro, show_many, show_one
+from picker import buttons_for, chosen, picker_of, sheet_items
+from serving import GPU, LIVE, SHARED, SHEETS, enlarge, friendly, load_model, number, open_upload, sample_file, samples, upload, whole
+
+WALKERS = {"Clothes": ("clothes", "fashion-vae"), "Digits": ("digits", "mnist-vae")}
+"""Title -> sheet of samples, model."""
+ENDS = {"Clothes": (("sneaker", 1), ("ankle boot", 1)), "Digits": (("3", 1), ("8", 1))}
+FRAMES = 9
+TURNED, TURNS = "fashion-beta-vae", 10
+DICE = {"Autoencoder": "mnist-deep-ae", "VAE": "mnist-vae"}
+SPREADS = {"N(0, 1), as the VAE was trained": False, "as wide as each model's own codes": True}
+
+
+def encode(model_and_processor, pictures):
+    """PIL pictures -> codes (n, *shape)."""
+    import torch
+
+    model, processor = model_and_processor
+    with torch.no_grad():
+        return model.encode(processor(pictures, return_tensors="pt").pixel_values).latents
+
+
+def drawn(model_and_processor, pixels) -> list:
+    """Decoded pixels -> PIL pictures that are large enough to see."""
+    return [enlarge(picture) for picture in model_and_processor[1].postprocess(pixels)]
+
+
+def walker(kind):
+    if kind not in WALKERS:
+        raise ValueError(f"This model is not known: use one of {', '.join(WALKERS)}.")
+    return load_model(WALKERS[kind][1])
+
+
+# Walk
+
+
+@friendly
+@GPU
+def walk(a: str, b: str, kind: str = "Clothes", way: str = "spherical", position: float = 0.5):
+    """Walk from the code of one picture to that of another and decode what lies between.
+
+    Args:
+        a: The picture to start from; it is made 28×28 and gray.
+        b: The picture to arrive at.
+        kind: Clothes or Digits: which VAE to use.
+        way: linear or spherical.
+        position: Where to stand on the way, 0 to 1.
+
+    Returns:
+        The picture at that position, and nine pictures along the way.
+    """
+    import torch
+
+    from hf_ae.latents import decode, interpolate
+
+    loaded = walker(kind)
+    ends = encode(loaded, [open_upload(a, 1024, gray=True), open_upload(b, 1024, gray=True)])
+    place = number(position, 0, 1, "The position")
+    steps = 101
+    way_codes = interpolate(ends[0], ends[1], steps, way)
+    chosen = torch.cat([way_codes[round(place * (steps - 1))][None], way_codes[:: (steps - 1) // (FRAMES - 1)]])
+    here, *frames = drawn(loaded, decode(loaded[0], chosen))
+    return here, frames
+
+
+def walk_first():
+    return walk(*(sample_file("clothes", *end) for end in ENDS["Clothes"]))
+
+
+def build_walk():
+    with gr.Row(equal_height=False):
+        kind = gr.Radio(list(WALKERS), value="Clothes", label="Model trained with", elem_id="walk-kind")
+        way = gr.Radio(["spherical", "linear"], value="spherical", label="Way", elem_id="walk-way")
+    with gr.Row(equal_height=False, elem_classes="three"):
+        ends, pickers = [], []
+        with gr.Column(min_width=220):
+            ends.append(end_picture("From", 0))
+            pickers.append(picker_of(sheet_items("clothes"), "From: test pictures to pick", "walk-pick-a"))
+        with gr.Column(min_width=260):
+            here = show_one("Here", "walk-here", elem_classes="pixels", height=280)
+            position = gr.Slider(0, 1, 0.5, step=0.01, label="Position on the way", elem_id="position")
+        with gr.Column(min_width=220):
+            ends.append(end_picture("To", 1))
+            pickers.append(picker_of(sheet_items("clothes"), "To: test pictures to pick", "walk-pick-b"))
+    frames = show_many("The whole way", "frames", FRAMES, elem_classes="pixels strip", buttons=[], allow_preview=False)
+    walking = {"inputs": [*ends, kind, way, position], "outputs": [here, frames]}
+    private = {"api_visibility": "private"}
+    gr.on([position.input, way.input, *(end.upload for end in ends)], walk, **walking, api_name="walk", **LIVE)
+    for end, picker in zip(ends, pickers):
+        picker.click(pick_end, kind, end, queue=False, **private).then(walk, **walking, **SHARED, **private)
+    kind.input(change_kind, kind, [*ends, *pickers], queue=False, **private).then(walk, **walking, **SHARED, **private)
+    return walking["outputs"]
+
+
+def end_picture(label: str, number: int) -> gr.Image:
+    return upload(
+        value=sample_file("clothes", *ENDS["Clothes"][number]),
+        label=label,
+        height=200,
+        elem_id=f"walk-{'ab'[number]}",
+        elem_classes="pixels",
+    )
+
+
+def pick_end(kind, event: gr.EventData):
+    return chosen(sheet_items(WALKERS[kind][0]), event)
+
+
+def change_kind(kind):
+    """Ends and samples of another model."""
+    sheet = WALKERS[kind][0]
+    pickers = [buttons_for(sheet_items(sheet), f"{end}: test pictures to pick") for end in ("From", "To")]
+    return [*(sample_file(sheet, *end) for end in ENDS[kind]), *pickers]
+
+
+# Arithmetic
+
+
+@friendly
+@GPU
+def arithmetic(a: str = "ankle boot", b: str = "sneaker", picture: str = ""):
+    """Reckon with codes: the mean code of one kind of clothes, minus that of another, plus the code of a picture.
+
+    Args:
+        a: T-shirt, trousers, pullover, dress, coat, sandal, shirt, sneaker, bag or ankle boot: what to add.
+        b: Another of these kinds: what to take away.
+        picture: The picture to change; it is made 28×28 and gray.
+
+    Returns:
+        Four pictures: the mean of a, the mean of b, the picture as the VAE sees it, and the result.
+    """
+    import torch
+
+    from hf_ae.latents import arithmetic as reckon
+    from hf_ae.latents import decode
+
+    for group in (a, b):
+        if group not in SHEETS["clothes"]:
+            raise ValueError(f"This kind is not known: use one of {', '.join(SHEETS['clothes'])}.")
+    loaded = walker("Clothes")
+    first, second = (encode(loaded, samples("clothes")[group]) for group in (a, b))
+    start = encode(loaded, [open_upload(picture, 1024, gray=True)])
+    codes = torch.stack([first.mean(0), second.mean(0), start[0], reckon(first, second, start)[0]])
+    captions = [a, f"− {b}", "+ picture", "= result"]
+    return list(zip(drawn(loaded, decode(loaded[0], codes)), captions))
+
+
+def arithmetic_first():
+    return arithmetic("ankle boot", "sneaker", sample_file("clothes", "sneaker", 1))
+
+
+def build_arithmetic():
+    with gr.Row(equal_height=False):
+        a = gr.Dropdown(SHEETS["clothes"], value="ankle boot", label="Mean of these", elem_id="group-a")
+        b = gr.Dropdown(SHEETS["clothes"], value="sneaker", label="minus mean of these", elem_id="group-b")
+    with gr.Row(equal_height=False):
+        with gr.Column(scale=3, min_width=240):
+            c = upload(
+                value=sample_file("clothes", "sneaker", 1),
+                label="plus this picture",
+                height=200,
+                elem_id="group-c",
+                elem_classes="pixels",
+            )
+            picker = picker_of(sheet_items("clothes"), "Test pictures to pick", "pick-c")
+        with gr.Column(scale=8, min_width=300):
+            shown = show_many("Mean of 8 − mean of 8 + picture = result", "sum", 4, elem_classes="pixels")
+    private = {"api_visibility": "private"}
+    summing = {"inputs": [a, b, c], "outputs": shown}
+    gr.on([a.input, b.input, c.upload], arithmetic, **summing, api_name="arithmetic", **SHARED)
+    picker.click(pick_clothes, None, c, queue=False, **private).then(arithmetic, **summing, **SHARED, **private)
+    return [shown]
+
+
+def pick_clothes(event: gr.EventData):
+    return chosen(sheet_items("clothes"), event)
+
+
+# A slider a dimension
+
+
+@friendly
+@GPU
+def numbers_of(picture: str):
+    """The ten numbers that the β-VAE keeps of a picture of clothing.
+
+    Args:
+        picture: The picture; it is made 28×28 and gray.
+
+    Returns:
+        Ten numbers, and what the decoder draws from them.
+    """
+    loaded = load_model(TURNED)
+    code = encode(loaded, [open_upload(picture, 1024, gray=True)])[0]
+    values = [round(max(-4.0, min(4.0, value)), 2) for value in code.tolist()]
+    return (*values, draw_numbers(*values))
+
+
+@friendly
+@GPU
+def draw_numbers(
+    n1: float = 0,
+    n2: float = 0,
+    n3: float = 0,
+    n4: float = 0,
+    n5: float = 0,
+    n6: float = 0,
+    n7: float = 0,
+    n8: float = 0,
+    n9: float = 0,
+    n10: float = 0,
+):
+    """Draw a piece of clothing from the ten numbers of a β-VAE's code.
+
+    Args:
+        n1: The first number of the code, -4 to 4; 0 is the middle of all clothes.
+        n2: The second number.
+        n3: The third number.
+        n4: The fourth number.
+        n5: The fifth number.
+        n6: The sixth number.
+        n7: The seventh number.
+        n8: The eighth number.
+        n9: The ninth number.
+        n10: The tenth number.
+
+    Returns:
+        The picture that the decoder draws.
+    """
+    import torch
+
+    from hf_ae.latents import decode
+
+    loaded = load_model(TURNED)
+    values = [number(value, -4, 4, f"Number {i + 1}") for i, value in enumerate((n1, n2, n3, n4, n5, n6, n7, n8, n9, n10))]
+    return drawn(loaded, decode(loaded[0], torch.tensor([values])))[0]
+
+
+def numbers_first():
+    return numbers_of(sample_file("clothes", "dress", 1))
+
+
+def build_numbers():
+    with gr.Row(equal_height=False):
+        with gr.Column(scale=4, min_width=260):
+            shown = show_one("What the decoder draws", "turned", elem_classes="pixels", height=280)
+            picker = picker_of(sheet_items("clothes"), "Start from a test picture", "turn-picker")
+            with gr.Accordion("Start from your own picture", open=False):
+                own = upload(label="Picture", height=160, elem_id="turn-upload")
+        with gr.Column(scale=7, min_width=300, elem_classes="dense"):
+            sliders = []
+            for row in range(TURNS // 2):
+                with gr.Row():
+                    for i in (2 * row, 2 * row + 1):
+                        sliders.append(gr.Slider(-4, 4, 0, step=0.01, label=f"Number {i + 1}", elem_id=f"number-{i + 1}", min_width=140))
+    private = {"api_visibility": "private"}
+    gr.on([slider.input for slider in sliders], draw_numbers, sliders, shown, api_name="draw_numbers", **LIVE)
+    own.upload(numbers_of, own, [*sliders, shown], api_name="numbers_of", **SHARED)
+    chosen = gr.State()
+    picker.click(pick_clothes, None, chosen, queue=False, **private).then(numbers_of, chosen, [*sliders, shown], **SHARED, **private)
+    return [*sliders, shown]
+
+
+# Dice
+
+
+@friendly
+@GPU
+def random_digits(seed: int = 0, spread: str = next(iter(SPREADS))):
+    """Decode random codes with an autoencoder and with a variational one: the first scribbles, the second writes digits.
+
+    Args:
+        seed: The same seed draws the same codes.
+        spread: "N(0, 1), as the VAE was trained", or "as wide as each model's own codes".
+
+    Returns:
+        25 pictures by the autoencoder, and 25 by the VAE.
+    """
+    from hf_ae.latents import decode, random_codes
+    from hf_ae.plots import image_grid
+
+    if spread not in SPREADS:
+        raise ValueError(f"This spread is not known: use one of {'; '.join(SPREADS)}.")
+    seed, sheets = whole(seed, 0, 2**31 - 1, "The seed"), []
+    for name in DICE.values():
+        loaded = load_model(name)
+        like = encode(loaded, [picture for row in samples("digits").values() for picture in row]) if SPREADS[spread] else None
+        sheets.append(image_grid(decode(loaded[0], random_codes(loaded[0], 25, like, seed)), 5, cell=84, gap=2))
+    return sheets
+
+
+def build_random():
+    with gr.Row(equal_height=False):
+        seed = gr.Slider(0, 99, 0, step=1, label="Throw the dice", info="Seed of 25 random codes", elem_id="dice", min_width=260)
+        spread = gr.Radio(list(SPREADS), value=next(iter(SPREADS)), label="How far apart the codes are", elem_id="spread", min_width=260)
+    with gr.Row(equal_height=False):
+        sheets = [
+            show_one(title, f"dice-{i}", alt_text=f"25 random codes, decoded by the {title}", elem_classes="pixels")
+            for i, title in enumerate(DICE)
+        ]
+    gr.HTML("<p>The autoencoder only learned to copy digits, so most codes mean nothing to it; the VAE had to fill the space around 0.</p>")
+    gr.on([seed.input, spread.input], random_digits, [seed, spread], sheets, api_name="random_digits", **LIVE)
+    return sheets
+
+
+SECTIONS = {
+    "Walk": (build_walk, walk_first),
+    "Arithmetic": (build_arithmetic, arithmetic_first),
+    "Turn the numbers": (build_numbers, numbers_first),
+    "The plane": (latent_plane.build, latent_plane.first),
+    "Random codes": (build_random, random_digits),
+}
+
+
+def build():
+    """The tab. Returns [(outputs, what fills them)] of its sections."""
+    intro(
+        "A code is a list of numbers, so it is a <b>point in a space</b>: one can walk in it, add and subtract, and decode wherever one "
+        "stands. Where a model keeps the space in order, as a variational autoencoder must, every point is a picture.",
+        ("picture", "picture"),
+        ("encoder", "encoder"),
+        ("code", "code: move it"),
+        ("decoder", "decoder"),
+        ("picture", "new picture"),
+    )
+    with gr.Tabs():
+        filled = []
+        for title, (make, fill) in SECTIONS.items():
+            with gr.Tab(title, id=f"latent-{title}"):
+                filled.append((make(), fill))
+    return filled

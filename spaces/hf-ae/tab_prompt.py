@@ -1,0 +1,218 @@
+"""Prompt to picture: a latent-diffusion pipeline, watched while it denoises."""
+
+from __future__ import annotations
+
+import random
+import time
+
+import gradio as gr
+from page import intro, say, show_many, show_one, status
+from serving import GPU, SHARED, friendly, is_loaded, load_pipeline, number, open_upload, upload, whole
+
+MOST_LETTERS, MOST_STEPS, MOST_PICTURES = 300, 50, 6
+SCHEDULERS = {
+    "DPM-Solver++": None,
+    "DDIM": "DDIMScheduler",
+    "DDPM": "DDPMScheduler",
+    "Euler": "EulerDiscreteScheduler",
+    "Euler, ancestral": "EulerAncestralDiscreteScheduler",
+    "UniPC": "UniPCMultistepScheduler",
+}
+"""Title -> diffusers class; None is the pipeline's own."""
+SHEET_STEPS, SHEET_SEEDS = (2, 4, 6, 10, 20), 4
+PROMPTS = ["birthday cake", "a slice of pizza", "cat face", "rocket", "rainbow", "octopus", "something sweet", "in love", "halloween"]
+FIRST = {"prompt": "birthday cake", "seed": 1, "steps": 10, "guidance": 2.0, "scheduler": "DPM-Solver++", "count": 1}
+"""What the page draws when it opens."""
+
+
+def checked(prompt, seed, steps, guidance, scheduler, count=1):
+    """The settings of a drawing, within what this Space draws. Raises ValueError."""
+    prompt = str(prompt or "").strip()
+    if not prompt:
+        raise ValueError("Write what to draw first, such as: birthday cake.")
+    if len(prompt) > MOST_LETTERS:
+        raise ValueError(f"The prompt has {len(prompt):,} letters, and at most {MOST_LETTERS} are accepted: make it shorter.")
+    if scheduler not in SCHEDULERS:
+        raise ValueError(f"This scheduler is not known: use one of {', '.join(SCHEDULERS)}.")
+    return {
+        "prompt": prompt,
+        "seed": whole(seed, 0, 2**31 - 1, "The seed"),
+        "num_inference_steps": whole(steps, 1, MOST_STEPS, "The number of steps"),
+        "guidance_scale": number(guidance, 1, 10, "The guidance"),
+        "num_images_per_prompt": whole(count, 1, MOST_PICTURES, "The number of pictures"),
+    }
+
+
+def pipeline_with(scheduler: str):
+    """The pipeline with a scheduler of its own, so that requests do not meet in it."""
+    import diffusers
+
+    pipe = load_pipeline()
+    cls = getattr(diffusers, SCHEDULERS[scheduler] or "", type(pipe.scheduler))
+    parts = {name: part for name, part in pipe.components.items() if name != "scheduler"}
+    settings = {name: pipe.config[name] for name in ("default_num_inference_steps", "default_guidance_scale")}
+    own = type(pipe)(**parts, scheduler=cls.from_config(pipe.scheduler.config), **settings)
+    own.set_progress_bar_config(disable=True)
+    return own
+
+
+def start_picture(picture, strength) -> dict:
+    """Options of the pipeline that start from an uploaded picture; none without it."""
+    if not picture:
+        return {}
+    from PIL import Image, ImageOps
+
+    square = ImageOps.fit(open_upload(picture, 1024), (64, 64), Image.Resampling.LANCZOS)
+    return {"image": square, "strength": number(strength, 0, 1, "The strength")}
+
+
+@friendly
+@GPU
+def draw(
+    prompt: str,
+    seed: int = 1,
+    steps: int = 10,
+    guidance: float = 2.0,
+    scheduler: str = "DPM-Solver++",
+    count: int = 1,
+    picture: str | None = None,
+    strength: float = 0.6,
+):
+    """Draw small pictures (64×64, in the style of emoji) of a prompt by latent diffusion, with a preview after each step.
+
+    Args:
+        prompt: What to draw, at most 300 letters. The model knows what emoji show: animals, food, faces, things, symbols.
+        seed: The same seed draws the same picture again.
+        steps: Denoising steps, 1 to 50. Ten are enough.
+        guidance: How closely to follow the prompt, 1 (freely) to 10.
+        scheduler: DPM-Solver++, DDIM, DDPM, Euler, "Euler, ancestral" or UniPC.
+        count: How many pictures to draw, 1 to 6, with the seeds from `seed` on.
+        picture: A picture to start from, if any.
+        strength: How far to leave that picture: 0 not at all, 1 entirely.
+
+    Returns:
+        The pictures, and a line that says what the prompt was taken for and how long it took.
+    """
+    options = checked(prompt, seed, steps, guidance, scheduler, count) | start_picture(picture, strength)
+    if not is_loaded("emoji-text-to-image"):
+        yield gr.skip(), say("Loading the model: this happens once …")
+    pipe, started = pipeline_with(scheduler), time.perf_counter()
+    for output in pipe.stream(**options):
+        if hasattr(output, "step") and output.step < output.num_steps:
+            yield output.images, say(f"Step {output.step} of {output.num_steps}")
+    taken = (output.captions or [""])[0]
+    drawn_as = f"Drawn as “{taken}”, " if taken and taken.lower() != options["prompt"].lower() else "Drawn "
+    yield output.images, say(f"{drawn_as}in {time.perf_counter() - started:.2f} s.")
+
+
+@friendly
+@GPU
+def steps_sheet(prompt: str, seed: int = 1, guidance: float = 2.0, scheduler: str = "DPM-Solver++"):
+    """Draw one prompt with 2, 4, 6, 10 and 20 denoising steps (rows) and four seeds (columns): see what more steps buy.
+
+    Args:
+        prompt: What to draw, at most 300 letters.
+        seed: The first of the four seeds.
+        guidance: How closely to follow the prompt, 1 (freely) to 10.
+        scheduler: DPM-Solver++, DDIM, DDPM, Euler, "Euler, ancestral" or UniPC.
+
+    Returns:
+        The sheet, one picture.
+    """
+    options = checked(prompt, seed, 1, guidance, scheduler)
+    from hf_ae.plots import labelled_rows
+
+    pipe, rows = pipeline_with(scheduler), {}
+    for steps in SHEET_STEPS:
+        drawing = options | {"num_inference_steps": steps, "num_images_per_prompt": SHEET_SEEDS}
+        rows[f"{steps} steps"] = pipe(**drawing, output_type="pt").images
+    return labelled_rows(rows, cell=128)
+
+
+def from_address(request: gr.Request):
+    """The fields as the page's address (a share link) sets them; what it does not set, or sets badly, keeps its first value."""
+    asked, values = dict(request.query_params), dict(FIRST)
+    values["prompt"] = asked.get("prompt", "").strip()[:MOST_LETTERS] or FIRST["prompt"]
+    limits = {"seed": (0, 2**31 - 1, int), "steps": (1, MOST_STEPS, int), "guidance": (1, 10, float), "count": (1, MOST_PICTURES, int)}
+    for name, (low, high, kind) in limits.items():
+        try:
+            value = kind(asked[name])
+        except (KeyError, ValueError):
+            continue
+        values[name] = value if low <= value <= high else FIRST[name]
+    values["scheduler"] = asked["scheduler"] if asked.get("scheduler") in SCHEDULERS else FIRST["scheduler"]
+    return list(values.values())
+
+
+SHARE = """(prompt, seed, steps, guidance, scheduler, count) => {
+    const link = new URL(window.location.href), fields = {prompt, seed, steps, guidance, scheduler, count};
+    link.search = new URLSearchParams(fields).toString();
+    window.history.replaceState(null, "", link);
+    const copied = navigator.clipboard ? navigator.clipboard.writeText(link.href) : Promise.reject();
+    copied.catch(() => {});
+    return link.href;
+}"""
+
+
+def build(demo: gr.Blocks):
+    """The tab. Returns the event of the first drawing."""
+    intro(
+        "Write a few words and watch a picture appear out of noise. The noise is not in the picture itself but in its "
+        "<b>code</b>, a few numbers that a decoder turns into pixels: that is why it is quick, even without a GPU.",
+        ("text", "prompt"),
+        ("noise", "noisy code"),
+        ("loop", "denoiser, step by step"),
+        ("code", "clean code"),
+        ("decoder", "decoder"),
+        ("picture", "picture"),
+    )
+    with gr.Row(equal_height=False):
+        with gr.Column(scale=5, min_width=300):
+            prompt = gr.Textbox(
+                FIRST["prompt"],
+                label="Prompt",
+                placeholder="What shall it draw?",
+                max_length=None,
+                lines=1,
+                max_lines=3,
+                elem_id="prompt",
+                autofocus=False,
+            )
+            with gr.Row():
+                draw_button = gr.Button("Draw", variant="primary", elem_id="draw", scale=3, min_width=120)
+                lucky = gr.Button("Another seed", elem_id="another-seed", scale=2, min_width=120)
+            examples = gr.Examples(
+                [[text] for text in PROMPTS], prompt, label="Examples", elem_id="prompt-examples", api_visibility="private"
+            )
+            with gr.Accordion("More settings", open=False, elem_id="prompt-more"):
+                with gr.Row():
+                    seed = gr.Number(FIRST["seed"], label="Seed", precision=0, minimum=0, elem_id="seed", min_width=120)
+                    count = gr.Slider(1, MOST_PICTURES, FIRST["count"], step=1, label="Pictures", elem_id="count", min_width=160)
+                steps = gr.Slider(1, MOST_STEPS, FIRST["steps"], step=1, label="Steps", elem_id="steps")
+                guidance = gr.Slider(
+                    1, 10, FIRST["guidance"], step=0.5, label="Guidance: how closely to follow the prompt", elem_id="guidance"
+                )
+                scheduler = gr.Dropdown(list(SCHEDULERS), value=FIRST["scheduler"], label="Scheduler", elem_id="scheduler")
+            with gr.Accordion("Start from a picture", open=False, elem_id="prompt-image"):
+                picture = upload(label="Picture to start from", height=200, elem_id="start-picture")
+                strength = gr.Slider(0, 1, 0.6, step=0.05, label="Strength: how far to leave it", elem_id="strength")
+        with gr.Column(scale=6, min_width=300):
+            pictures = show_many("Pictures", "pictures", 3, elem_classes="emoji", buttons=["download", "fullscreen"])
+            told = status("", "draw-status")
+            with gr.Row():
+                sheet_button = gr.Button("Sheet: steps × seeds", size="sm", elem_id="sheet-button", min_width=120)
+                share_button = gr.Button("Copy a link to this", size="sm", elem_id="share", min_width=120)
+            link = gr.Textbox(label="Link, copied", visible=False, interactive=False, buttons=["copy"], elem_id="link")
+            sheet = show_one("What more steps buy", "sheet", visible=False, buttons=["download", "fullscreen"])
+
+    fields = [prompt, seed, steps, guidance, scheduler, count]
+    drawing = {"inputs": [*fields, picture, strength], "outputs": [pictures, told], "show_progress_on": told, **SHARED}
+    private = {"api_visibility": "private"}
+    gr.on([draw_button.click, prompt.submit], draw, **drawing, api_name="draw")
+    examples.load_input_event.then(draw, **drawing, **private)
+    lucky.click(lambda: random.randrange(10_000), None, seed, queue=False, **private).then(draw, **drawing, **private)
+    sheet_button.click(lambda: gr.update(visible=True), None, sheet, queue=False, **private).then(
+        steps_sheet, [prompt, seed, guidance, scheduler], sheet, api_name="steps_sheet", **SHARED
+    )
+    share_button.click(None, fields, link, js=SHARE, **private).then(lambda: gr.update(visible=True), None, link, queue=False, **private)
+    return demo.load(from_address, None, fields, queue=False, **private).then(draw, **drawing, **private)

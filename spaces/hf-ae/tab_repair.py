@@ -1,0 +1,132 @@
+"""Repair: damage a picture, and see a denoising autoencoder undo it."""
+
+from __future__ import annotations
+
+import math
+
+import gradio as gr
+from page import intro, say, show_many, status
+from picker import chosen, picker_of, sheet_items
+from serving import GPU, LIVE, SHARED, available, enlarge, friendly, load_model, number, open_upload, sample_file, upload, whole
+
+DAMAGES = {
+    "Noise": ("gaussian", "fashion-denoising", (0.05, 0.6, 0.3, 0.05)),
+    "Salt and pepper": ("salt_pepper", "fashion-denoising", (0.02, 0.4, 0.15, 0.01)),
+    "Mask": ("masking", "fashion-inpainting", (0.05, 0.8, 0.5, 0.05)),
+    "Shrink": ("low_resolution", "fashion-sharpening", (2, 7, 4, 1)),
+    "Drop the colour": ("grayscale", "emoji-coloring", (1, 1, 1, 1)),
+}
+"""Title -> kind of corruption, the model trained to undo it, and (lowest, highest, first, step) of its level."""
+FALLBACK = "fashion-denoising"
+"""Repairs what no model was trained for."""
+START, FIRST = ("ankle boot", 0), ("Noise", 0.3)
+"""What the tab shows when the page opens: a sample, the damage and its level."""
+
+
+def repairer(damage: str) -> str | None:
+    """The model that repairs a kind of damage: that trained for it, or else the denoiser of gray pictures; None if neither can."""
+    kind, name, _ = DAMAGES[damage]
+    if available(name):
+        return name
+    return None if kind == "grayscale" else FALLBACK
+
+
+def offered() -> list[str]:
+    return [damage for damage in DAMAGES if repairer(damage)]
+
+
+def psnr(a, b) -> float:
+    return -10 * math.log10(max((a - b).square().mean().item(), 1e-10))
+
+
+@friendly
+@GPU
+def repair(picture: str, damage: str = "Noise", level: float = 0.3, seed: int = 0):
+    """Damage a picture and let a denoising autoencoder repair it.
+
+    Args:
+        picture: The picture; it becomes as small as the model's own (28×28 gray, or 64×64 for colours).
+        damage: Noise, "Salt and pepper", Mask or Shrink; "Drop the colour" where its model is there.
+        level: How much: the noise's standard deviation, the share of pixels, or by how much it shrinks.
+        seed: Of the noise or mask.
+
+    Returns:
+        Original, damaged and repaired picture, and how near the last two are to the original.
+    """
+    import torch
+
+    from hf_ae.corruptions import corrupt
+
+    if damage not in offered():
+        raise ValueError(f"This damage is not known: use one of {', '.join(offered())}.")
+    kind, _, (low, high, _, _) = DAMAGES[damage]
+    level = number(level, low, high, "The level")
+    name = repairer(damage)
+    model, processor = load_model(name)
+    original = open_upload(picture, 1024, gray=model.config.num_channels == 1)
+    pixels = processor([original], return_tensors="pt").pixel_values
+    generator = torch.Generator().manual_seed(whole(seed, 0, 2**31 - 1, "The seed"))
+    damaged = corrupt(pixels, kind, round(level) if kind == "low_resolution" else level, *model.config.pixel_range, generator)
+    with torch.no_grad():
+        repaired = model(damaged).reconstruction
+    before, after = psnr(damaged, pixels), psnr(repaired, pixels)
+    trained = model.config.corruption == kind
+    note = "This model was trained for this damage." if trained else "This model never saw this damage: it was trained for gaussian noise."
+    drawn = [enlarge(p) for p in processor.postprocess(torch.cat([pixels, damaged, repaired]))]
+    verdict = "better" if after > before else "worse"
+    return list(zip(drawn, ("original", "damaged", "repaired"))), say(
+        f"PSNR {before:.1f} dB before, {after:.1f} dB after: {verdict}. {note}"
+    )
+
+
+def first():
+    """What the tab shows when the page opens."""
+    return repair(sample_file("clothes", *START), *FIRST)
+
+
+def change_damage(damage):
+    """The level's slider for another kind of damage."""
+    low, high, value, step = DAMAGES[damage][2]
+    return gr.update(minimum=low, maximum=high, value=value, step=step, visible=low < high)
+
+
+def pick(event: gr.EventData):
+    return chosen(sheet_items("clothes", 0), event)
+
+
+def build():
+    """The tab. Returns the outputs of `first`."""
+    intro(
+        "A <b>denoising</b> autoencoder sees damaged pictures in training and must return the clean ones. Its code has room for what "
+        "clothes look like, and none for noise: so the noise stays behind.",
+        ("picture", "picture"),
+        ("noise", "damage"),
+        ("encoder", "encoder"),
+        ("code", "code"),
+        ("decoder", "decoder"),
+        ("picture", "repaired"),
+    )
+    with gr.Row(equal_height=False):
+        with gr.Column(scale=4, min_width=300):
+            picture = upload(
+                value=sample_file("clothes", *START),
+                label="Picture",
+                height=200,
+                elem_id="repair-picture",
+                elem_classes="pixels",
+            )
+            picker = picker_of(sheet_items("clothes", 0), "Test pictures to pick", "repair-picker")
+            damage = gr.Radio(offered(), value=FIRST[0], label="Damage", elem_id="damage")
+            low, high, value, step = DAMAGES[FIRST[0]][2]
+            level = gr.Slider(low, high, value, step=step, label="How much", elem_id="level")
+            seed = gr.Slider(0, 99, 0, step=1, label="Seed of the damage", elem_id="damage-seed")
+        with gr.Column(scale=7, min_width=300):
+            shown = show_many("Original, damaged, repaired", "repaired", 3, elem_classes="pixels", buttons=["download", "fullscreen"])
+            told = status("", "repair-status")
+
+    private = {"api_visibility": "private"}
+    repairing = {"inputs": [picture, damage, level, seed], "outputs": [shown, told]}
+    gr.on([level.input, seed.input, picture.upload], repair, **repairing, api_name="repair", **LIVE)
+    damage.input(change_damage, damage, level, queue=False, **private).then(repair, **repairing, **SHARED, **private)
+    picker.click(pick, None, picture, queue=False, **private).then(repair, **repairing, **SHARED, **private)
+    return repairing["outputs"]

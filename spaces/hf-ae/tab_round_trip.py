@@ -1,0 +1,197 @@
+"""Round trip: a picture through a file and back, beside JPEG, WebP and AVIF of that size."""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+from pathlib import Path
+
+import gradio as gr
+from gradio.processing_utils import save_bytes_to_cache
+from page import intro, say, show_many, show_one, status, table
+from picker import chosen, picker_of
+from serving import EXAMPLES, GPU, LIVE, SHARED, enlarge, friendly, keep, load_codec, number, open_upload, sample_file, upload
+
+CODECS = {"Photo": ("photo-compressive", 768), "Emoji": ("emoji-compressive", 128), "Clothes": ("fashion-compressive", 112)}
+"""Title -> model, and the longest side that it takes here."""
+MOST_FILE = 2_000_000
+"""Bytes of a compressed file that is opened."""
+FIRST = ("window.png", "Photo", 0.25)
+SHOWN = {
+    "Photo": ("window", "caps", "boat"),
+    "Emoji": ("owl", "cupcake", "castle", "motor-scooter"),
+    "Clothes": ("ankle boot", "bag", "dress"),
+}
+"""Examples for each model."""
+
+
+def prepared(picture, kind):
+    """(codec, the upload as it takes it). Raises ValueError."""
+    if kind not in CODECS:
+        raise ValueError(f"This model is not known: use one of {', '.join(CODECS)}.")
+    name, most_side = CODECS[kind]
+    model = load_codec(name)
+    return model, open_upload(picture, most_side, gray=model.config.num_channels == 1)
+
+
+@friendly
+@GPU
+def round_trip(picture: str, model: str = "Photo", quality: float = 0.25):
+    """Compress a picture into a small file with an autoencoder, and open that file again.
+
+    Args:
+        picture: The picture; large ones are made smaller first.
+        model: Photo, Emoji or Clothes: what the autoencoder was trained with.
+        quality: 0 (smallest file) to 1 (best picture).
+
+    Returns:
+        The picture before and after, the size and error, and the file itself.
+    """
+    import numpy as np
+
+    from hf_ae.codec import compress, decompress
+
+    codec, original = prepared(picture, model)
+    data = compress(codec, original, quality=number(quality, 0, 1, "The quality"), model_id=CODECS[model][0])
+    back = decompress(data, codec)
+    error = np.square(np.asarray(original, dtype=np.float32) - np.asarray(back)).mean()
+    pixels, psnr = original.width * original.height, 10 * math.log10(255**2 / max(error, 1e-5))
+    path = save_bytes_to_cache(data, "picture.hfae", os.environ["GRADIO_TEMP_DIR"])
+    raw, size = pixels * len(original.getbands()), len(data)
+    told = f"{size:,} bytes instead of {raw:,}: 1/{raw / size:.0f}. {8 * size / pixels:.2f} bits a pixel, PSNR {psnr:.1f} dB."
+    return (quick_png(original), quick_png(back)), say(told), path
+
+
+def quick_png(picture) -> str:
+    """A picture as the file that the browser fetches, written fast rather than small."""
+    buffer = io.BytesIO()
+    enlarge(picture, 384).save(buffer, "PNG", compress_level=1)
+    return save_bytes_to_cache(buffer.getvalue(), "picture.png", os.environ["GRADIO_TEMP_DIR"])
+
+
+@friendly
+@GPU
+def beside_others(picture: str, model: str = "Photo", quality: float = 0.25):
+    """Put the autoencoder's file beside JPEG, WebP and AVIF files of about the same size.
+
+    Args:
+        picture: The picture; large ones are made smaller first.
+        model: Photo, Emoji or Clothes: what the autoencoder was trained with.
+        quality: 0 (smallest file) to 1 (best picture), of the autoencoder; the others follow its size.
+
+    Returns:
+        The four pictures, a table of their sizes and errors, and a panel: original, latents, decoded.
+    """
+    from hf_ae.pipelines import VAERoundTripPipeline
+
+    codec, original = prepared(picture, model)
+    result = VAERoundTripPipeline(codec)(original, quality=number(quality, 0, 1, "The quality"))
+    found = {"Autoencoder": result.decoded, **result.others}
+    rows = [[name, f"{m.size:,}", f"{m.bpp:.3f}", f"{m.psnr:.2f}", f"{m.ssim:.3f}"] for name, m in found.items()]
+    figures = table(["", "bytes", "bits a pixel", "PSNR, dB", "SSIM"], rows, "The same picture in four kinds of file", marked=0)
+    pictures = [(enlarge(m.picture, 384), f"{name}, {m.size:,} bytes") for name, m in found.items()]
+    return pictures, figures, result.panel
+
+
+@friendly
+@GPU
+def open_file(file: str):
+    """Open a compressed .hfae file that this Space or `hf-ae compress` wrote with one of its three models.
+
+    Args:
+        file: The .hfae file.
+
+    Returns:
+        The picture, and a line about the file.
+    """
+    from hf_ae.bitstream import unpack
+    from hf_ae.codec import CorruptFileError, decompress, fingerprint
+    from hf_ae.codec import ready as ready_for_coding
+
+    if not file:
+        raise ValueError("There is no file yet: drop one that ends in .hfae.")
+    if Path(file).stat().st_size > MOST_FILE:
+        raise ValueError(f"This file is larger than {MOST_FILE // 1_000_000} MB, and so no file of this Space.")
+    data, most = Path(file).read_bytes(), 4_000_000
+    wanted = unpack(data, most).fingerprint
+    for kind, (name, _) in CODECS.items():
+        model = load_codec(name)
+        with ready_for_coding(model):
+            fits = fingerprint(model) == wanted
+        if fits:
+            back = decompress(data, model, most)
+            told = f"Opened: {len(data):,} bytes, {back.width}×{back.height} pixels, written with the model for “{kind}”."
+            return enlarge(back, 384), say(told)
+    raise CorruptFileError("This file was written with another model than the three of this Space.")
+
+
+def items() -> list[tuple[str, str]]:
+    """(name, file) of the examples."""
+    files = {(kind, name): EXAMPLES / f"{name}.png" for kind, names in SHOWN.items() for name in names}
+    return [(f"{kind}: {name}", str(f) if f.is_file() else sample_file("clothes", name, 1)) for (kind, name), f in files.items()]
+
+
+def pick(event: gr.EventData):
+    """An example, and the model for it."""
+    path = chosen(items(), event)
+    return path, items()[event.index][0].split(":")[0]
+
+
+def first():
+    """What the tab shows when the page opens."""
+    pictures, told, path = round_trip(str(EXAMPLES / FIRST[0]), *FIRST[1:])
+    return tuple(map(keep, pictures)), told, keep(path)
+
+
+def build():
+    """The tab. Returns the outputs of `first`."""
+    intro(
+        "An autoencoder squeezes a picture into a <b>code</b>, and an entropy coder packs the code into a file; another machine turns "
+        "it into the picture again. Trained to spend its bits where they show, it needs about half the bytes of JPEG.",
+        ("picture", "picture"),
+        ("encoder", "encoder"),
+        ("code", "code"),
+        ("file", "small file"),
+        ("decoder", "decoder"),
+        ("picture", "picture again"),
+    )
+    with gr.Row(equal_height=False):
+        with gr.Column(scale=4, min_width=300):
+            picture = upload(value=str(EXAMPLES / FIRST[0]), label="Picture", height=240, elem_id="trip-picture")
+            kind = gr.Radio(list(CODECS), value=FIRST[1], label="Model trained with", elem_id="trip-model")
+            quality = gr.Slider(0, 1, FIRST[2], step=0.01, label="Quality", elem_id="quality")
+            picker = picker_of(items(), "Examples", "trip-picker")
+        with gr.Column(scale=7, min_width=300):
+            slider = gr.ImageSlider(
+                label="Before | after: drag the line",
+                format="png",
+                elem_id="trip-slider",
+                interactive=False,
+                max_height=440,
+                buttons=["fullscreen"],
+            )
+            told = status("", "trip-status")
+            with gr.Row():
+                file = gr.File(label="The compressed file", elem_id="trip-file", interactive=False, height=90)
+            compare = gr.Button("Put JPEG, WebP and AVIF of this size beside it", elem_id="beside")
+    with gr.Column(visible=False, elem_id="others") as others:
+        figures = gr.HTML(label="Figures", elem_id="trip-figures", apply_default_css=False)
+        gallery = show_many("At the same size", "trip-others", 4)
+        with gr.Accordion("Panel: original | latents | decoded", open=False):
+            panel = show_one("Panel", "trip-panel", show_label=False)
+    with gr.Accordion("Open a compressed file", open=False, elem_id="open-accordion"), gr.Row(equal_height=False):
+        dropped = gr.File(label="Drop an .hfae file", file_types=[".hfae"], elem_id="dropped", height=160)
+        with gr.Column():
+            opened = show_one("The picture in it", "opened", height=240)
+            said = status("", "open-status")
+
+    private = {"api_visibility": "private"}
+    trip = {"inputs": [picture, kind, quality], "outputs": [slider, told, file]}
+    quality.release(round_trip, **trip, api_name="round_trip", **SHARED)
+    gr.on([quality.input, kind.input, picture.upload], round_trip, **trip, **LIVE, **private)
+    picker.click(pick, None, [picture, kind], queue=False, **private).then(round_trip, **trip, **SHARED, **private)
+    shown = compare.click(lambda: gr.update(visible=True), None, others, queue=False, **private)
+    shown.then(beside_others, [picture, kind, quality], [gallery, figures, panel], api_name="beside_others", **SHARED)
+    dropped.upload(open_file, dropped, [opened, said], api_name="open_file", **SHARED)
+    return trip["outputs"]

@@ -1,0 +1,59 @@
+"""The folder of the Space is exactly what the Hub takes."""
+
+import re
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from hf_ae.cards import front_matter
+from hf_ae.hub import check_folder
+
+ROOT = Path(__file__).resolve().parent.parent
+SPACE = ROOT / "spaces" / "hf-ae"
+
+
+def test_front_matter_fits_what_is_tested():
+    card = front_matter((SPACE / "README.md").read_text())
+    assert card["sdk"] == "gradio" and f"gradio=={card['sdk_version']}\n" in (ROOT / "constraints.txt").read_text()
+    assert (SPACE / card["app_file"]).is_file() and card["python_version"] == "3.12" and card["license"] == "apache-2.0"
+    assert len(card["short_description"]) <= 60 and len(card["title"]) <= 30
+    shipped = {path.parent.name for name in ("config", "model_index") for path in ROOT.glob(f"model_cards/*/{name}.json")}
+    used = set(re.findall(r'"((?:mnist|fashion|emoji|photo)-[\w-]+)"', "".join(p.read_text() for p in SPACE.glob("*.py"))))
+    assert {model.split("/")[1] for model in card["models"]} == shipped & used
+
+
+def test_requirements_leave_torch_spaces_and_gradio_to_the_hub():
+    lines = (SPACE / "requirements.txt").read_text().split("\n")
+    assert not [line for line in lines if re.match("torch|spaces|gradio", line)]
+
+
+def test_the_folder_is_complete_and_its_pictures_are_small_and_explained():
+    files = check_folder(SPACE)
+    examples = [SPACE / name for name in files if name.startswith("examples/")]
+    assert sum(path.stat().st_size for path in examples) < 1_500_000
+    text = (SPACE / "README.md").read_text()
+    for path in examples:
+        assert f"`{path.stem}`" in text and Image.open(path).format == "PNG"
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda folder: (folder / "requirements.txt").unlink(), "lacks requirements.txt"),
+        (lambda folder: (folder / "app.py").unlink(), "lacks app.py"),
+        (lambda folder: (folder / "token.txt").write_text("secret"), "do not belong in a Space: token.txt"),
+        (lambda folder: (folder / "app.py").write_text("def"), "no Python"),
+        (
+            lambda folder: (folder / "README.md").write_text("---\nsdk: gradio\n---\ntext"),
+            "title, sdk_version, app_file, license is missing",
+        ),
+    ],
+)
+def test_a_folder_that_is_no_space_is_refused(tmp_path, change, words):
+    for name in ("README.md", "requirements.txt", "app.py"):
+        (tmp_path / name).write_bytes((SPACE / name).read_bytes())
+    assert len(check_folder(tmp_path)) == 3
+    change(tmp_path)
+    with pytest.raises(ValueError, match=words):
+        check_folder(tmp_path)
