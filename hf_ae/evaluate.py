@@ -156,7 +156,7 @@ def evaluate(model, dataset_name: str, save: bool = True, **options) -> dict:
         found, pictures = evaluate_generation(request, loaded, processor, parts, dataset, column, pixels)
         metrics["generation"] = {**found, "command": request.command()}
         if save and Path(model).is_dir():
-            image_grid(pictures[:80], 16, Path(model) / "samples.png", cell=56)
+            image_grid(pictures[:80], 20, Path(model) / "samples.png", cell=48)
     if save and Path(model).is_dir():
         save_results(Path(model), loaded, metrics, rows, dataset, images)
     return metrics

@@ -45,6 +45,10 @@ class VQVAEConfig(AutoencoderConfig):
     """Attention heads of the prior (default `prior_hidden_size` / 64)."""
     prior_classes: int | None = None
     """Classes that the prior can be asked for (default 0: none). Their names, where known, are in `id2label`."""
+    prior_temperature: float | None = None
+    """`temperature` of `generate` where none is given (default 1)."""
+    prior_guidance_scale: float | None = None
+    """`guidance_scale` of `generate` where none is given (default 1)."""
 
     choices = {
         **AutoencoderConfig.choices,
@@ -73,6 +77,8 @@ class VQVAEConfig(AutoencoderConfig):
             self.prior_hidden_size = 256 if self.prior_hidden_size is None else self.prior_hidden_size
             self.prior_heads = max(1, self.prior_hidden_size // 64) if self.prior_heads is None else self.prior_heads
             self.prior_classes = 0 if self.prior_classes is None else self.prior_classes
+            self.prior_temperature = 1.0 if self.prior_temperature is None else self.prior_temperature
+            self.prior_guidance_scale = 1.0 if self.prior_guidance_scale is None else self.prior_guidance_scale
 
     def check(self):
         super().check()
@@ -113,14 +119,17 @@ class VQVAEConfig(AutoencoderConfig):
 
     def _check_prior(self):
         sizes = {name: getattr(self, name) for name in ("prior_hidden_size", "prior_heads", "prior_classes")}
+        draws = {name: getattr(self, name) for name in ("prior_temperature", "prior_guidance_scale")}
         if self.prior_layers is None:
-            if given := [name for name, value in sizes.items() if value is not None]:
+            if given := [name for name, value in {**sizes, **draws}.items() if value is not None]:
                 raise ValueError(f"{given[0]} belongs to a prior: write prior_layers too, or leave it out.")
             return
         hidden, heads, classes = (value or 0 for value in sizes.values())
         if self.prior_layers < 1 or heads < 1 or hidden < 1 or hidden % heads or classes < 0:
             raise ValueError(f"prior_layers={self.prior_layers} and prior_heads={heads} must be positive, and prior_heads divide "
                              f"prior_hidden_size={hidden}.")  # fmt: skip
+        if bad := [f"{name}={value}" for name, value in draws.items() if not (value or 0) > 0]:
+            raise ValueError(f"{bad[0]} must be positive.")
 
     @property
     def codeword_length(self) -> int:

@@ -100,9 +100,9 @@ class VQVAEModel(AutoencoderModel):
         self,
         n: int | None = None,
         labels=None,
-        temperature: float = 1.0,
+        temperature: float | None = None,
         top_k: int | None = None,
-        guidance_scale: float = 1.0,
+        guidance_scale: float | None = None,
         seed: int | None = None,
         generator: torch.Generator | None = None,
     ) -> torch.Tensor:
@@ -110,7 +110,7 @@ class VQVAEModel(AutoencoderModel):
 
         labels: class numbers or names, taken in turn; default: any class. temperature: below 1 more typical, above 1 more
         varied. top_k: draw among the k most probable codes. guidance_scale: above 1 the label counts more (classifier-free
-        guidance). seed or generator make the draw repeatable.
+        guidance). Both default to what the configuration says. seed or generator make the draw repeatable.
         """
         if self.prior is None:
             raise ValueError(
@@ -122,6 +122,8 @@ class VQVAEModel(AutoencoderModel):
         if seed is not None:
             generator = torch.Generator(self.device).manual_seed(seed)
         chosen = None if not names else torch.tensor([self.class_number(names[i % len(names)]) for i in range(n)], device=self.device)
+        temperature = self.config.prior_temperature if temperature is None else temperature
+        guidance_scale = self.config.prior_guidance_scale if guidance_scale is None else guidance_scale
         codes = self.prior.eval().sample(n, chosen, temperature, top_k, guidance_scale, generator)
         levels = self.from_levels(self.prior.to_levels(codes))
         return self.decode(self.indices_to_latents(levels)).sample

@@ -1,0 +1,250 @@
+"""From vectors to numbers and back: vector quantization, and finite scalar quantization.
+
+A quantizer maps code (batch, values, *positions) to the nearest codewords. What it keeps is float32 whatever the model is
+cast to, and the same in all processes of a training.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn import functional as F
+
+DISTANCES_AT_ONCE = 2**24
+"""How many distances between vectors and codewords are held in memory."""
+RECENT = 200
+"""Training passes over which the use of a codebook is watched."""
+
+
+class QuantizedCode(NamedTuple):
+    """latents: codewords, in the shape of the code; gradients pass straight through. indices: (batch, *positions).
+    terms: named squared distances, summed over an image and averaged over the batch, without weights."""
+
+    latents: torch.Tensor
+    indices: torch.Tensor
+    terms: dict[str, torch.Tensor]
+
+
+class Quantizer(nn.Module):
+    """What all quantizers share: how long each codeword was not used, and how often the training images use it."""
+
+    idle: torch.Tensor
+    frequencies: torch.Tensor
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.size = size
+        self.register_buffer("idle", torch.zeros(size, dtype=torch.int64))
+        self.register_buffer("frequencies", torch.zeros(size, dtype=torch.int64))
+
+    def reset_parameters(self):
+        nn.init.zeros_(self.idle)
+        nn.init.zeros_(self.frequencies)
+
+    def _apply(self, fn, recurse=True):
+        """Go to another device as every module does, but keep the dtype."""
+
+        def keep(tensor):
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        return super()._apply(keep, recurse)
+
+    def forward(self, code: torch.Tensor) -> QuantizedCode:
+        """(batch, values, *positions) -> codewords, indices, terms."""
+        with torch.autocast(code.device.type, enabled=False):
+            vectors, words, indices, terms = self.quantize(code.float().flatten(2).mT)
+            latents = words.detach() + (vectors - vectors.detach())  # exactly the codewords, with the gradient of the vectors
+        return QuantizedCode(latents.mT.reshape(code.shape).to(code.dtype), indices.view(len(code), *code.shape[2:]), terms)
+
+    def lookup(self, indices: torch.Tensor) -> torch.Tensor:
+        """Indices (batch, *positions) -> codewords (batch, values, *positions), float32."""
+        return self.words(indices).movedim(-1, 1)
+
+    @torch.no_grad()
+    def watch(self, counts: torch.Tensor):
+        """Note which codewords a training pass used; `counts` (size,) are those of all processes."""
+        self.idle.copy_(torch.where(counts > 0, 0, self.idle + 1))
+
+    @property
+    def recent_usage(self) -> float:
+        """Share of the codewords used in the last 200 training passes."""
+        return (self.idle < RECENT).float().mean().item()
+
+    def quantize(self, vectors):
+        """(batch, positions, values) -> vectors as they are compared, codewords, indices (batch, positions), terms."""
+        raise NotImplementedError
+
+    def words(self, indices):
+        """Indices (…) -> codewords (…, values)."""
+        raise NotImplementedError
+
+
+class VectorQuantizer(Quantizer):
+    """Nearest codewords of a learned codebook (van den Oord et al. 2017).
+
+    `ema` (their appendix A.1): N ← γN + (1 - γ)n and m ← γm + (1 - γ)Σz for the n vectors z of each codeword e = m / N; since
+    m = N·e, only N (`cluster_sizes`) and e are kept: e ← e + (1 - γ)(Σz - n·e) / N. Otherwise the codebook is a parameter,
+    trained by the term `codebook`, ‖sg[z] - e‖². The term `commitment` is ‖z - sg[e]‖².
+    """
+
+    codebook: torch.Tensor
+    cluster_sizes: torch.Tensor
+    passes: torch.Tensor
+
+    def __init__(self, config):
+        super().__init__(config.codebook_size)
+        self.ema, self.decay, self.cosine = config.quantizer == "ema", config.ema_decay, config.code_distance == "cosine"
+        self.kmeans_rounds, self.revive_after = config.kmeans_rounds, config.revive_after
+        codebook = torch.zeros(self.size, config.codeword_length, dtype=torch.float32)
+        if self.ema:
+            self.register_buffer("codebook", codebook)
+            self.register_buffer("cluster_sizes", torch.ones(self.size, dtype=torch.float32))
+        else:
+            self.codebook = nn.Parameter(codebook)
+        self.register_buffer("passes", torch.zeros((), dtype=torch.int64))
+
+    def reset_parameters(self):
+        super().reset_parameters()
+        nn.init.normal_(self.codebook, std=self.codebook.shape[1] ** -0.5)
+        nn.init.zeros_(self.passes)
+        if self.ema:
+            nn.init.ones_(self.cluster_sizes)
+
+    def quantize(self, vectors):
+        vectors = F.normalize(vectors, dim=-1) if self.cosine else vectors
+        learning = self.training and torch.is_grad_enabled()
+        if learning:
+            self.place(vectors.detach())
+        indices = nearest(vectors.detach().flatten(0, 1), self.table.detach()).view(vectors.shape[:2])
+        words = self.words(indices)
+        terms = {"commitment": (vectors - words.detach()).square().sum() / len(vectors)}
+        if not self.ema:
+            terms["codebook"] = (vectors.detach() - words).square().sum() / len(vectors)
+        if learning:
+            self.learn(vectors.detach(), indices)
+        return vectors, words, indices, terms
+
+    @property
+    def table(self) -> torch.Tensor:
+        """The codewords (size, values)."""
+        return F.normalize(self.codebook, dim=-1) if self.cosine else self.codebook
+
+    def words(self, indices):
+        return F.embedding(indices, self.table)
+
+    @torch.compiler.disable
+    @torch.no_grad()
+    def place(self, vectors: torch.Tensor):
+        """Before a training pass: start the codebook on the first batch, and move codewords that nothing uses to its vectors."""
+        if self.kmeans_rounds and not self.passes:
+            points = gathered(vectors).flatten(0, 1)
+            centres = k_means(points, self.size, self.kmeans_rounds)
+            if dist.is_initialized():
+                dist.broadcast(centres, 0)
+            self.codebook.copy_(centres)
+        dead = (self.idle > 0) & (self.idle % self.revive_after == 0) if self.revive_after else None
+        if dead is not None and bool(dead.any()):
+            points = gathered(vectors).flatten(0, 1)
+            order = torch.randperm(len(points), generator=torch.Generator().manual_seed(int(self.passes)))
+            order = order.repeat(-(-self.size // len(points)))[: int(dead.sum())]
+            self.codebook[dead] = points[order.to(points.device)]
+            if self.ema:
+                self.cluster_sizes[dead] = 1.0
+
+    @torch.compiler.disable
+    @torch.no_grad()
+    def learn(self, vectors: torch.Tensor, indices: torch.Tensor):
+        """After a training pass: move the codewords to the vectors of all processes that chose them."""
+        sums = torch.zeros(self.size, vectors.shape[-1] + 1, device=vectors.device)
+        sums.index_add_(0, indices.flatten(), F.pad(vectors.flatten(0, 1), (0, 1), value=1.0))
+        if dist.is_initialized():
+            dist.all_reduce(sums)
+        counts = sums[:, -1]
+        if self.ema:
+            self.cluster_sizes.lerp_(counts, 1 - self.decay)
+            change = (sums[:, :-1] - counts[:, None] * self.table) / self.cluster_sizes.clamp(min=1e-6)[:, None]
+            self.codebook.copy_(self.table + (1 - self.decay) * change)
+        self.watch(counts)
+        self.passes += 1
+
+
+class FiniteScalarQuantizer(Quantizer):
+    """Finite scalar quantization (Mentzer et al. 2023): each of a few numbers is rounded to one of L values in [-1, 1].
+
+    The codebook is the grid of all combinations; a codeword's index writes them as digits, the first number lowest.
+    """
+
+    def __init__(self, config):
+        super().__init__(config.codebook_size)
+        self.levels = config.fsq_levels
+
+    def grid(self, device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Levels of each number, and what a step of it adds to the index."""
+        levels = torch.tensor(self.levels, device=device)
+        return levels, torch.cat([levels.new_ones(1), levels[:-1].cumprod(0)])
+
+    def quantize(self, vectors):
+        levels, steps = self.grid(vectors.device)
+        reach, offset = (levels - 1) * (1 + 1e-3) / 2, torch.where(levels % 2 == 0, 0.5, 0.0)
+        bounded = torch.tanh(vectors + torch.atanh(offset / reach)) * reach - offset
+        whole = bounded.detach().round()
+        half = levels // 2
+        indices = ((whole.long() + half) * steps).sum(-1)
+        if self.training and torch.is_grad_enabled():
+            counts = torch.bincount(indices.flatten(), minlength=self.size)
+            if dist.is_initialized():
+                dist.all_reduce(counts)
+            self.watch(counts)
+        return bounded / half, whole / half, indices, {}
+
+    def words(self, indices):
+        levels, steps = self.grid(indices.device)
+        half = levels // 2
+        return (indices[..., None] // steps % levels - half).float() / half
+
+
+def make_quantizer(config) -> Quantizer:
+    """The quantizer of one level that `config` asks for."""
+    return FiniteScalarQuantizer(config) if config.quantizer == "fsq" else VectorQuantizer(config)
+
+
+def nearest(points: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
+    """The number of the nearest of `words` (size, values) for each of `points` (points, values)."""
+    lengths, parts = words.square().sum(1), points.split(max(1, DISTANCES_AT_ONCE // len(words)))
+    return torch.cat([torch.addmm(lengths, part, words.T, alpha=-2).argmin(1) for part in parts])
+
+
+def gathered(vectors: torch.Tensor) -> torch.Tensor:
+    """The vectors of all processes, image by image in the order that one process would see them."""
+    if not dist.is_initialized():
+        return vectors
+    parts = [torch.empty_like(vectors) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, vectors.contiguous())
+    return torch.stack(parts, 1).flatten(0, 1)
+
+
+def k_means(points: torch.Tensor, size: int, rounds: int) -> torch.Tensor:
+    """Centres (size, values) of `points`: Lloyd's algorithm from points that a fixed seed draws, on at most 256 points a centre.
+
+    Where there are fewer points than centres, some centres are equal.
+    """
+    order = torch.randperm(len(points), generator=torch.Generator().manual_seed(0)).to(points.device)
+    points = points[order[: 256 * size]]
+    centres = points.repeat(-(-size // len(points)), 1)[:size]
+    for _ in range(rounds):
+        sums = torch.zeros(size, points.shape[1] + 1, device=points.device)
+        sums.index_add_(0, nearest(points, centres), F.pad(points, (0, 1), value=1.0))
+        counts = sums[:, -1:]
+        centres = torch.where(counts > 0, sums[:, :-1] / counts.clamp(min=1), centres)
+    return centres
+
+
+def usage_and_perplexity(indices: torch.Tensor, size: int) -> dict[str, torch.Tensor]:
+    """Of a batch of indices: the share of `size` codewords in use, and the perplexity exp(entropy) of their frequencies."""
+    counts = torch.bincount(indices.flatten(), minlength=size).float()
+    shares = counts / counts.sum()
+    return {"usage": (counts > 0).float().mean(), "perplexity": torch.special.entr(shares).sum().exp()}
