@@ -11,6 +11,7 @@ from serving import file_of, friendly, keep
 FAMILIES = {
     "Fashion-MNIST": (
         "fashion-ae",
+        "fashion-conv-ae",
         "fashion-sparse",
         "fashion-contractive",
         "fashion-denoising",
