@@ -145,7 +145,7 @@ def measure_page(page, runs: int):
         page.get_by_role("tab", name=tab).click()
         page.locator(f"#{target} img").first.wait_for()
         page.wait_for_timeout(500)
-        shares = [0.1 + 0.8 * (7 * i % runs) / runs for i in range(runs)]
+        shares = [0.1 + 0.8 * (0.618 * i % 1) for i in range(runs)]
         times = [page.evaluate(MOVE, [slider, target, share]) / 1000 for share in shares]
         line(f"{tab}: slider redraw", times, 0.3)
 
