@@ -22,7 +22,7 @@ import tab_prompt
 import tab_repair
 import tab_round_trip
 from page import theme
-from serving import HERE, SHARED
+from serving import HERE, SHARED, each, keep
 
 TITLE = "hf_ae: every autoencoder"
 HEADER = """<header><h1>Every autoencoder, in your browser</h1>
@@ -63,7 +63,7 @@ def remembered(fill):
     def first_view():
         with lock:
             if not kept:
-                kept.append(fill())
+                kept.append(each(fill(), keep))
         return kept[0]
 
     return first_view

@@ -7,11 +7,15 @@ commas between. Default: the model_cards of the checkout around this folder, or 
 from __future__ import annotations
 
 import functools
+import hashlib
 import html
 import inspect
+import io
 import logging
 import os
 import re
+import shutil
+import tempfile
 import threading
 from pathlib import Path
 
@@ -157,13 +161,14 @@ def load_pipeline(name: str = "emoji-text-to-image"):
 
 
 def friendly(action):
-    """An action whose every error is one line for whoever asked; what nobody foresaw is logged here."""
+    """An action that hands over pictures as files, and whose every error is one line for whoever asked; what nobody foresaw is logged."""
     if inspect.isgeneratorfunction(action):
 
         @functools.wraps(action)
         def run(*args, **options):
             try:
-                yield from action(*args, **options)
+                for output in action(*args, **options):
+                    yield each(output, as_file)
             except Exception as error:
                 raise readable(error) from None
     else:
@@ -171,7 +176,7 @@ def friendly(action):
         @functools.wraps(action)
         def run(*args, **options):
             try:
-                return action(*args, **options)
+                return each(action(*args, **options), as_file)
             except Exception as error:
                 raise readable(error) from None
 
@@ -265,8 +270,6 @@ def samples(sheet: str) -> dict[str, list]:
 def own_folder() -> Path:
     """For files that last as long as the process."""
     import atexit
-    import shutil
-    import tempfile
 
     folder = Path(tempfile.mkdtemp())
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
@@ -281,13 +284,44 @@ def sample_file(sheet: str, name: str, index: int) -> str:
     return str(path)
 
 
-def keep(path) -> str:
-    """A copy of a file that the page may show for as long as the process lasts."""
-    import hashlib
-    import shutil
+def each(value, change):
+    """`change` of everything in a result, which may be a tuple or list of results."""
+    return type(value)(each(part, change) for part in value) if isinstance(value, tuple | list) else change(value)
 
-    data = Path(path).read_bytes()
-    folder = own_folder() / hashlib.sha256(data).hexdigest()[:16]
+
+def as_file(value):
+    """A picture as the PNG that the browser fetches, written fast rather than small; anything else as it is."""
+    if not (hasattr(value, "save") and hasattr(value, "getbands")):
+        return value
+    buffer = io.BytesIO()
+    value.save(buffer, "PNG", compress_level=1)
+    return served(buffer.getvalue(), "picture.png")
+
+
+def served(data: bytes, name: str) -> str:
+    """A file that the page may fetch for an hour. Equal ones are one file, which nobody sees half-written."""
+    path = Path(os.environ["GRADIO_TEMP_DIR"]) / hashlib.sha256(data).hexdigest()[:32] / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.utime(path)
+    except FileNotFoundError:
+        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as partial:
+            partial.write(data)
+        os.chmod(partial.name, 0o644)
+        os.replace(partial.name, path)
+    return str(path)
+
+
+def keep(value):
+    """Of a file that the page may fetch for an hour, a copy for as long as the process lasts; anything else as it is."""
+    if not (isinstance(value, str) and value.startswith(os.environ["GRADIO_TEMP_DIR"])):
+        return value
+    return keep_file(value)
+
+
+def keep_file(path) -> str:
+    """A copy of a file that the page may show for as long as the process lasts."""
+    folder = own_folder() / hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
     folder.mkdir(exist_ok=True)
     return str(shutil.copy(path, folder / Path(path).name))
 

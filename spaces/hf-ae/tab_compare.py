@@ -6,7 +6,7 @@ import json
 
 import gradio as gr
 from page import intro, show_many, table
-from serving import file_of, friendly, keep
+from serving import file_of, friendly, keep_file
 
 FAMILIES = {
     "Fashion-MNIST": (
@@ -72,7 +72,7 @@ def compare(family: str = "Fashion-MNIST"):
     head = ["model", *(list(COLUMNS)[i] for i in kept)]
     drawn = [(path, name) for name in rows if (path := file_of(name, "reconstructions.png") or file_of(name, "roundtrip.jpg"))]
     return table(head, [[name, *(row[i] for i in kept)] for name, row in rows.items()], caption), [
-        (keep(path), name) for path, name in drawn
+        (keep_file(path), name) for path, name in drawn
     ]
 
 

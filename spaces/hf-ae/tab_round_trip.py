@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import io
 import math
-import os
 from pathlib import Path
 
 import gradio as gr
-from gradio.processing_utils import save_bytes_to_cache
 from page import intro, say, show_many, show_one, status, table
 from picker import chosen, picker_of
-from serving import EXAMPLES, GPU, LIVE, SHARED, enlarge, friendly, keep, load_codec, number, open_upload, sample_file, upload
+from serving import EXAMPLES, GPU, LIVE, SHARED, enlarge, friendly, load_codec, number, open_upload, sample_file, served, upload
 
 CODECS = {"Photo": ("photo-compressive", 768), "Emoji": ("emoji-compressive", 128), "Clothes": ("fashion-compressive", 112)}
 """Title -> model, and the longest side that it takes here."""
@@ -57,17 +54,10 @@ def round_trip(picture: str, model: str = "Photo", quality: float = 0.25):
     back = decompress(data, codec)
     error = np.square(np.asarray(original, dtype=np.float32) - np.asarray(back)).mean()
     pixels, psnr = original.width * original.height, 10 * math.log10(255**2 / max(error, 1e-5))
-    path = save_bytes_to_cache(data, "picture.hfae", os.environ["GRADIO_TEMP_DIR"])
+    path = served(data, "picture.hfae")
     raw, size = pixels * len(original.getbands()), len(data)
     told = f"{size:,} bytes instead of {raw:,}: 1/{raw / size:.0f}. {8 * size / pixels:.2f} bits a pixel, PSNR {psnr:.1f} dB."
-    return (quick_png(original), quick_png(back)), say(told), path
-
-
-def quick_png(picture) -> str:
-    """A picture as the file that the browser fetches, written fast rather than small."""
-    buffer = io.BytesIO()
-    enlarge(picture, 384).save(buffer, "PNG", compress_level=1)
-    return save_bytes_to_cache(buffer.getvalue(), "picture.png", os.environ["GRADIO_TEMP_DIR"])
+    return (enlarge(original, 384), enlarge(back, 384)), say(told), path
 
 
 @friendly
@@ -140,8 +130,7 @@ def pick(event: gr.EventData):
 
 def first():
     """What the tab shows when the page opens."""
-    pictures, told, path = round_trip(str(EXAMPLES / FIRST[0]), *FIRST[1:])
-    return tuple(map(keep, pictures)), told, keep(path)
+    return round_trip(str(EXAMPLES / FIRST[0]), *FIRST[1:])
 
 
 def build():
