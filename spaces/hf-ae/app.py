@@ -12,10 +12,7 @@ os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 os.environ.setdefault("GRADIO_TEMP_DIR", tempfile.mkdtemp(prefix="hf_ae_space_"))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from quick_start import without_stubs
-
-with without_stubs():
-    import gradio as gr
+import gradio as gr
 import tab_compare
 import tab_latent
 import tab_prompt
