@@ -16,7 +16,7 @@ demo: $(READY)
 	HF_HUB_OFFLINE=1 $(BIN)/hf-ae demo
 
 space: $(READY)
-	HF_HUB_OFFLINE=1 MALLOC_ARENA_MAX=2 $(BIN)/python spaces/hf-ae/app.py  # few arenas: memory stays flat under load
+	HF_HUB_OFFLINE=1 MALLOC_ARENA_MAX=2 $(BIN)/python spaces/hf-ae/app.py  # few arenas: less memory under load
 
 test: $(READY)
 	$(BIN)/pytest -q

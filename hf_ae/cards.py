@@ -234,10 +234,9 @@ def generation_table(found: dict) -> str:
     for title, values in (("generated", found), ("real, of the training split", found["floor"])):
         text += f"| {title} | " + " | ".join(f"{values[name]:.3g}" for name in columns) + " |\n"
     text += f"\n{found['seconds_per_image'] * 1000:.3g} ms a picture."
-    if "classification_accuracy" in found:
-        text += f" A classifier trained on generated pictures alone gets {found['classification_accuracy']:.1%} of the real ones right"
     if "asked_class" in found:
         real = found["floor"]["asked_class"]
+        text += f" A classifier trained on generated pictures alone gets {found['classification_accuracy']:.1%} of the real ones right"
         text += f", one trained on real ones {real:.1%}; that one gives {found['asked_class']:.1%} of the generated ones the class that "
         text += "was asked for."
     return text + f"\n\nPrinted by\n\n```\n{found['command']}\n```"

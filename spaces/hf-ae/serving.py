@@ -299,8 +299,23 @@ def as_file(value):
 
 
 def served(data: bytes, name: str) -> str:
-    """A file that the page may fetch for an hour. Equal ones are one file, which nobody sees half-written."""
-    path = Path(os.environ["GRADIO_TEMP_DIR"]) / hashlib.sha256(data).hexdigest()[:32] / name
+    """A file that the page may fetch for an hour."""
+    return write_once(Path(os.environ["GRADIO_TEMP_DIR"]), data, name)
+
+
+def keep(value):
+    """Of a file that the page may fetch for an hour, a copy for as long as the process lasts; anything else as it is."""
+    return keep_file(value) if isinstance(value, str) and value.startswith(os.environ["GRADIO_TEMP_DIR"]) else value
+
+
+def keep_file(path) -> str:
+    """A copy of a file that the page may show for as long as the process lasts."""
+    return write_once(own_folder(), Path(path).read_bytes(), Path(path).name)
+
+
+def write_once(root: Path, data: bytes, name: str) -> str:
+    """Equal data under one path, which nobody sees half-written."""
+    path = root / hashlib.sha256(data).hexdigest()[:32] / name
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         os.utime(path)
@@ -310,20 +325,6 @@ def served(data: bytes, name: str) -> str:
         os.chmod(partial.name, 0o644)
         os.replace(partial.name, path)
     return str(path)
-
-
-def keep(value):
-    """Of a file that the page may fetch for an hour, a copy for as long as the process lasts; anything else as it is."""
-    if not (isinstance(value, str) and value.startswith(os.environ["GRADIO_TEMP_DIR"])):
-        return value
-    return keep_file(value)
-
-
-def keep_file(path) -> str:
-    """A copy of a file that the page may show for as long as the process lasts."""
-    folder = own_folder() / hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
-    folder.mkdir(exist_ok=True)
-    return str(shutil.copy(path, folder / Path(path).name))
 
 
 def enlarge(picture, side: int = 224):
