@@ -1,6 +1,7 @@
 """The Space as an API and an MCP server: every action, with the real clients, and what hostile callers try."""
 
 import asyncio
+import base64
 import json
 import re
 import urllib.error
@@ -120,19 +121,42 @@ def test_every_action_is_an_mcp_tool_whose_description_reads_well(space):
             assert len(schema.get("description", "")) > 8, f"{name}: {argument}"
 
 
-def test_mcp_calls_answer_with_a_picture_or_where_pictures_are(space):
+def as_data(value):
+    """A file as MCP takes it: base64 in a data address. Anything else as it is."""
+    if not isinstance(value, dict):
+        return value
+    return data_address(Path(value["path"]).read_bytes())
+
+
+def data_address(data: bytes, kind: str = "image/png") -> str:
+    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
+
+
+def test_every_mcp_call_answers_with_a_picture_or_where_pictures_are(space):
     """Gradio 6.31 gives one output as a picture; several as text, which names the address of each."""
 
     async def call(session):
-        tools = {tool.name.removeprefix("hf_ae_"): tool.name for tool in (await session.list_tools()).tools}
-        return [await session.call_tool(tools[name], ACTIONS[name]) for name in ("plane_point", "steps_sheet", "draw", "compare")]
+        tools = {name: tool.name for tool in (await session.list_tools()).tools for name in ACTIONS if tool.name.endswith(name)}
+        answers = {
+            name: await session.call_tool(tools[name], {key: as_data(value) for key, value in arguments.items()})
+            for name, arguments in ACTIONS.items()
+            if arguments
+        }
+        address = re.search(r"http://[^']+\.hfae", answers["round_trip"].content[0].text)
+        compressed = data_address(urllib.request.urlopen(address[0]).read(), "application/octet-stream")
+        return answers | {"open_file": await session.call_tool(tools["open_file"], {"file": compressed})}
 
-    point, sheet, drawn, compared = with_mcp(space, call)
-    for answer in (point, sheet):
-        assert not answer.isError and answer.content[0].type == "image" and answer.content[0].mimeType == "image/png"
-    address = re.search(r"http://[^']+\.png", drawn.content[0].text)
-    assert get(address[0]) == 200 and "Drawn" in drawn.content[0].text
-    assert "mnist-vae" in compared.content[0].text
+    answers = with_mcp(space, call)
+    assert set(answers) == set(ACTIONS)
+    for name, answer in answers.items():
+        assert not answer.isError, f"{name}: {answer.content}"
+        pictures = [part for part in answer.content if part.type == "image"]
+        assert all(picture.mimeType == "image/png" and base64.b64decode(picture.data)[:4] == b"\x89PNG" for picture in pictures), name
+        told = " ".join(part.text for part in answer.content if part.type == "text")
+        addresses = re.findall(r"http://[^'\s]+\.png", told)
+        assert (pictures or addresses) and all(get(address) == 200 for address in addresses), f"{name}: {told}"
+    assert answers["plane_point"].content[0].type == answers["steps_sheet"].content[0].type == "image"
+    assert "Drawn" in answers["draw"].content[0].text and "mnist-vae" in answers["compare"].content[0].text
 
 
 # What hostile callers try

@@ -170,7 +170,7 @@ def build():
         with gr.Accordion("Panel: original | latents | decoded", open=False):
             panel = show_one("Panel", "trip-panel", show_label=False)
     with gr.Accordion("Open a compressed file", open=False, elem_id="open-accordion"), gr.Row(equal_height=False):
-        dropped = gr.File(label="Drop an .hfae file", file_types=[".hfae"], elem_id="dropped", height=160)
+        dropped = gr.File(label="Drop an .hfae file", elem_id="dropped", height=160)
         with gr.Column():
             opened = show_one("The picture in it", "opened", height=240)
             said = status("", "open-status")
