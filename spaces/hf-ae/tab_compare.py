@@ -89,6 +89,6 @@ def build():
     )
     family = gr.Radio(list(FAMILIES), value="Fashion-MNIST", label="Trained and measured on", elem_id="family")
     figures = gr.HTML(label="Figures", elem_id="measured", apply_default_css=False)
-    pictures = show_many("Test pictures, what comes back, and PCA where it was measured", "measured-pictures", 1)
+    pictures = show_many("Test pictures, and what comes back", "measured-pictures", 1)
     family.input(compare, family, [figures, pictures], api_name="compare", queue=False)
     return [figures, pictures]
