@@ -164,17 +164,17 @@ def pythae_model(kind: str):
     return VQVAE(VQVAEConfig(**common, num_embeddings=CODEBOOK), encoder=Encoder(), decoder=Decoder())
 
 
-def run_pythae(kind: str, folder: Path, epochs: int, samples: int):
+def run_pythae(kind: str, folder: Path, epochs: int, samples: int, seed: int):
     """Train, reconstruct and draw: `folder`/*.npy hold uint8 pictures, about.json the rest."""
     from pythae.models import VAEGAN
     from pythae.pipelines import TrainingPipeline
     from pythae.samplers import GaussianMixtureSampler, GaussianMixtureSamplerConfig, NormalSampler, PixelCNNSampler
     from pythae.trainers import BaseTrainerConfig, CoupledOptimizerAdversarialTrainerConfig
 
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     train, test = (torch.from_numpy(np.load(folder / f"{name}.npy")).float() / 255 for name in ("train", "test"))
     model, common = pythae_model(kind), dict(output_dir=str(folder / "run"), num_epochs=epochs, no_cuda=True)
-    common |= dict(per_device_train_batch_size=BATCH, learning_rate=RATE)
+    common |= dict(per_device_train_batch_size=BATCH, learning_rate=RATE, seed=seed)
     kinds = {True: CoupledOptimizerAdversarialTrainerConfig, False: BaseTrainerConfig}
     started = time.perf_counter()
     TrainingPipeline(model=model, training_config=kinds[isinstance(model, VAEGAN)](**common))(train_data=train)
@@ -205,7 +205,7 @@ def rebuild(model, x, kind: str):
     return model({"data": x}).recon_x if kind == "VQ-VAE" else model.decoder(model.encoder(x).embedding).reconstruction
 
 
-def theirs(kind: str, args, train_pixels, test, network) -> dict[str, dict]:
+def theirs(kind: str, args, train_pixels, test, network, seed: int = 0) -> dict[str, dict]:
     """Rows of the table for one of pythae's models."""
     from hf_ae.generation import Drawer, measure_generation
 
@@ -214,6 +214,7 @@ def theirs(kind: str, args, train_pixels, test, network) -> dict[str, dict]:
         np.save(folder / "train.npy", train_pixels.numpy())
         np.save(folder / "test.npy", (test * 255).round().byte().numpy())
         command = [args.pythae, __file__, "--run", kind, "--folder", name, "--epochs", str(args.epochs), "--samples", str(len(test))]
+        command += ["--seed", str(seed)]
         environment = {**os.environ, "PYTHONPATH": args.pythae_path or os.environ.get("PYTHONPATH", "")}
         done = subprocess.run(command, capture_output=True, text=True, env=environment)
         if done.returncode:
@@ -239,26 +240,31 @@ def main():
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--images", type=int, default=60_000)
     parser.add_argument("--samples", type=int, default=5_000)
-    parser.add_argument("--seeds", type=int, default=1, help="train each of ours so often: how far does FID spread?")
+    parser.add_argument("--seeds", type=int, default=1, help="train each model so often: how far does FID spread?")
     parser.add_argument("--kinds", nargs="*", default=list(OURS), help="VAE, VAE-GAN, VQ-VAE, VQ-VAE-2")
     parser.add_argument("-o", "--output", type=Path, default=Path("outputs/generation.json"))
     parser.add_argument("--run", help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
+    parser.add_argument("--seed", type=int, default=0, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.run:
-        return run_pythae(args.run, Path(args.folder), args.epochs, args.samples)
+        return run_pythae(args.run, Path(args.folder), args.epochs, args.samples, args.seed)
     from hf_ae.feature_network import load_feature_network
 
     network = load_feature_network()
     train_pixels, test = load_images("train", args.images), load_images("test", args.samples).float() / 255
     rows = json.loads(args.output.read_text()) if args.output.is_file() else {}
     for kind in args.kinds:
-        found = ours(kind, args, train_pixels, test, network)
-        for seed in range(1, args.seeds):
-            for name, row in ours(kind, args, train_pixels, test, network, seed).items():
-                found[name].setdefault("fid_of_seeds", [found[name].get("fid")]).append(row.get("fid"))
-        if args.pythae and kind in THEIRS:
-            found |= theirs(kind, args, train_pixels, test, network)
+        found: dict[str, dict] = {}
+        for seed in range(args.seeds):
+            trained = ours(kind, args, train_pixels, test, network, seed)
+            if args.pythae and kind in THEIRS:
+                trained |= theirs(kind, args, train_pixels, test, network, seed)
+            for name, row in trained.items():
+                first = found.setdefault(name, row)
+                if "fid" in row:
+                    first.setdefault("fid_of_seeds", []).append(row["fid"])
+                    print(f"seed {seed}: {name}, FID {row['fid']:.2f}", flush=True)
         for name, row in found.items():
             rows[name] = {**row, "epochs": args.epochs, "images": args.images}
             print(name, json.dumps(row), flush=True)
@@ -269,7 +275,7 @@ def main():
         cells = [f"{row[c]:.4g}" if isinstance(row.get(c), float) else f"{row.get(c, '')}" for c in COLUMNS]
         print(f"| {name} | " + " | ".join(cells) + " |" + (f" {row['note']}" if "note" in row else ""))
     for name, row in rows.items():
-        if "fid_of_seeds" in row:
+        if len(row.get("fid_of_seeds", [])) > 1:
             print(f"{name}, FID of {len(row['fid_of_seeds'])} trainings: " + ", ".join(f"{fid:.3g}" for fid in row["fid_of_seeds"]))
     floors = [row["floor"]["fid"] for row in rows.values() if "floor" in row]
     if floors:
