@@ -167,6 +167,15 @@ def test_denoising_damages_only_in_training_unless_asked_and_compares_with_the_c
     assert not torch.equal(model(x).reconstruction, clean.reconstruction)
 
 
+def test_a_transform_that_keeps_every_frequency_starts_as_the_identity():
+    model = make("denoising-transform").eval()
+    gray = model.corrupt(pixels(model))
+    torch.testing.assert_close(model(gray).reconstruction, gray, rtol=0, atol=1e-5)
+    torch.testing.assert_close(model.encode(gray).latents.square().sum(), gray.square().sum())
+    with pytest.raises(ValueError, match=r"write latent_channels and pixel_range=\[-1, 1\]"):
+        hf_ae.DenoisingAutoencoderConfig(network="transform", latent_channels=48)
+
+
 def test_importance_weighted_bound_is_exact_for_a_linear_gaussian_model():
     """A linear decoder of a Gaussian code has a closed-form p(x), which the bound must reach from below."""
     torch.manual_seed(0)

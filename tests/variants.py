@@ -14,6 +14,8 @@ VARIANTS = {
     "sparse-l1": ("hf_ae_sparse", dict(hidden_sizes=[16], latent_dim=40, latent_activation="relu")),
     "sparse-kl": ("hf_ae_sparse", dict(SMALL_CONV, latent_channels=3, sparsity="kl", latent_activation="sigmoid")),
     "denoising": ("hf_ae_denoising", dict(SMALL_CONV, latent_channels=3, num_channels=3, corruption="masking", sparsity="l1")),
+    "denoising-transform": ("hf_ae_denoising", dict(network="transform", image_size=16, num_channels=3, hidden_sizes=[8, 16], patch_size=2,
+                                                    latent_channels=48, corruption="grayscale", pixel_range=[-1.0, 1.0])),
     "contractive-exact": ("hf_ae_contractive", dict(hidden_sizes=[], latent_dim=9, latent_activation="sigmoid")),
     "contractive-deep": ("hf_ae_contractive", dict(hidden_sizes=[16], latent_dim=6, reconstruction_loss="bce")),
     "vae-mlp": ("hf_ae_vae", dict(hidden_sizes=[24], latent_dim=5, reconstruction_loss="bce")),

@@ -226,6 +226,9 @@ class DenoisingAutoencoderConfig(SparseAutoencoderConfig):
 
     model_type = "hf_ae_denoising"
 
+    network: str = "mlp"
+    """As in [`AutoencoderConfig`], or `transform` (a DCT of patches, plus residual blocks; with `latent_channels` and
+    `pixel_range=[-1, 1]`): it starts by giving back what the code keeps of the damaged picture, and learns the repair."""
     corruption: str = "gaussian"
     """`gaussian`, `masking`, `salt_pepper`, `low_resolution` or `grayscale`."""
     corruption_level: float = 0.3
@@ -236,12 +239,15 @@ class DenoisingAutoencoderConfig(SparseAutoencoderConfig):
 
     choices = {
         **SparseAutoencoderConfig.choices,
+        "network": (*AutoencoderConfig.choices["network"], "transform"),
         "corruption": ("gaussian", "masking", "salt_pepper", "low_resolution", "grayscale"),
     }
 
     def check(self):
         super().check()
         level = self.corruption_level
+        if self.network == "transform" and (self.latent_channels is None or self.pixel_range != [-1.0, 1.0]):
+            raise ValueError("network='transform' has a spatial code and no sigmoid: write latent_channels and pixel_range=[-1, 1].")
         if self.corruption == "grayscale" and self.num_channels != 3:
             raise ValueError(f"corruption='grayscale' needs num_channels=3, not {self.num_channels}.")
         if self.corruption == "low_resolution" and (level != int(level) or level < 2):
