@@ -2,7 +2,7 @@
 
 ```
 python benchmarks/space.py            # in Chromium: page, first preview, picture, redraws
-python benchmarks/space.py --load     # 50 clients, 500 requests over every action; memory; clients that leave
+python benchmarks/space.py --load     # 50 clients, 500 requests over every action, four times; memory; clients that leave
 ```
 
 It starts `make space` by itself and stops it at the end. Traffic stays on this machine.
@@ -32,9 +32,9 @@ import psutil
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = ROOT / "spaces" / "hf-ae" / "examples"
-CLIENTS, REQUESTS = 50, 500
+CLIENTS, REQUESTS, STORMS = 50, 500, 4
 REDRAWS = {"Round trip": ("quality", "trip-slider"), "Walk": ("position", "walk-here"), "Turn the numbers": ("number-1", "turned"),
-           "The plane": ("plane-x", "plane-digit")}  # fmt: skip
+           "The plane": ("plane-x", "plane-digit"), "A learned prior": ("class-seed", "class-pictures")}  # fmt: skip
 """Tab -> its slider, and what that redraws."""
 
 DRAW = """() => new Promise((done, fail) => {
@@ -162,7 +162,8 @@ def actions() -> list[tuple[str, dict]]:
         ("draw", dict(prompt="rocket", seed=3)), ("steps_sheet", dict(prompt="cat face")), ("round_trip", dict(picture=photo)),
         ("beside_others", dict(picture=emoji, model="Emoji")), ("open_file", {}), ("walk", dict(a=emoji, b=photo)),
         ("arithmetic", dict(picture=emoji)), ("numbers_of", dict(picture=emoji)), ("draw_numbers", dict(n1=2)),
-        ("plane_point", dict(x=3, y=4)), ("random_digits", dict(seed=4)), ("repair", dict(picture=emoji)), ("compare", {}),
+        ("plane_point", dict(x=3, y=4)), ("random_digits", dict(seed=4)), ("draw_class", dict(seed=4)),
+        ("repair", dict(picture=emoji)), ("compare", {}),
     ]  # fmt: skip
 
 
@@ -179,7 +180,7 @@ def under_load(requests: int):
         server = max(psutil.Process(process.pid).children(recursive=True), key=lambda p: p.memory_info().rss)
         before = server.memory_info().rss
         print(f"{CLIENTS} clients, {requests} requests over {len(calls)} actions", flush=True)
-        for _ in range(2):
+        for _ in range(STORMS):
             times, failures, seconds = storm(url, calls, requests)
             after = server.memory_info().rss
             print(

@@ -20,13 +20,12 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def running_space(seconds: float = 120, pids: list[int] | None = None):
-    """The address of a Space that answers; its process goes into `pids`."""
+def running_space(seconds: float = 120, app: Path = APP, **environment: str):
+    """The address of a Space that answers."""
     port = free_port()
     url, log = f"http://127.0.0.1:{port}", tempfile.TemporaryFile("w+")  # noqa: SIM115
-    env = {**os.environ, "GRADIO_SERVER_PORT": str(port), "GRADIO_SERVER_NAME": "127.0.0.1", "HF_HUB_OFFLINE": "1"}
-    process = subprocess.Popen([sys.executable, APP], env=env, stdout=log, stderr=subprocess.STDOUT)
-    (pids if pids is not None else []).append(process.pid)
+    env = {**os.environ, "GRADIO_SERVER_PORT": str(port), "GRADIO_SERVER_NAME": "127.0.0.1", "HF_HUB_OFFLINE": "1"} | environment
+    process = subprocess.Popen([sys.executable, app], env=env, stdout=log, stderr=subprocess.STDOUT)
     try:
         deadline = time.monotonic() + seconds
         while not answers(url):

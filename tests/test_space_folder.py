@@ -1,10 +1,15 @@
 """The folder of the Space is exactly what the Hub takes."""
 
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from hub_server import OWNER, HubServer
 from PIL import Image
+from space_server import running_space
 
 from hf_ae.cards import front_matter
 from hf_ae.hub import check_folder
@@ -57,3 +62,25 @@ def test_a_folder_that_is_no_space_is_refused(tmp_path, change, words):
     change(tmp_path)
     with pytest.raises(ValueError, match=words):
         check_folder(tmp_path)
+
+
+def test_as_on_the_hub_models_come_from_an_owner(tmp_path):
+    """The folder alone, with no checkout around it, and two models of an owner on the Hub."""
+    gradio_client = pytest.importorskip("gradio_client", reason="the Space needs pip install 'hf_ae[space]'")
+    shutil.copytree(SPACE, tmp_path / "space", ignore=shutil.ignore_patterns("__pycache__"))
+    with HubServer() as hub:
+        for name in ("mnist-ae-2d", "fashion-denoising"):
+            push = [sys.executable, "-m", "hf_ae.cli", "push", ROOT / "model_cards" / name, "--repo", f"me/{name}"]
+            subprocess.run(push, env=hub.client_env(tmp_path / "pusher", OWNER), check=True, capture_output=True)
+        hub.requests.clear()
+        around = hub.client_env(tmp_path / "home") | {"HF_HUB_OFFLINE": "0", "HF_AE_SPACE_MODELS": "me"}
+        with running_space(app=tmp_path / "space" / "app.py", **around) as url:
+            client = gradio_client.Client(url, verbose=False, download_files=str(tmp_path / "downloads"))
+            assert Image.open(client.predict(3, -2, api_name="/plane_point")).size[0] > 27
+            clothes = gradio_client.handle_file(str(SPACE / "examples" / "owl.png"))
+            assert "trained for this damage" in client.predict(clothes, "Noise", 0.3, api_name="/repair")[1]
+            figures, _ = client.predict("MNIST", api_name="/compare")
+            with pytest.raises(Exception, match="fashion-vae"):  # that nobody pushed: one line says which
+                client.predict(clothes, clothes, api_name="/walk")
+    assert "mnist-ae-2d" in figures and "mnist-vae" not in figures
+    assert any("me/mnist-ae-2d/resolve" in request for request in hub.requests)
