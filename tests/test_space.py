@@ -20,10 +20,11 @@ if CHROMIUM is None:
 EXAMPLES = Path(__file__).resolve().parent.parent / "spaces" / "hf-ae" / "examples"
 FLAGS = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync"
 TABS = ("Prompt to picture", "Round trip", "Latent space", "Repair", "Compare")
-SECTIONS = ("Walk", "Arithmetic", "Turn the numbers", "The plane", "Random codes")
+SECTIONS = ("Walk", "Arithmetic", "Turn the numbers", "The plane", "Random codes", "A learned prior")
 SHOWN = {
     "Prompt to picture": "pictures", "Round trip": "trip-slider", "Walk": "frames", "Arithmetic": "sum", "Turn the numbers": "turned",
-    "The plane": "plane-digit", "Random codes": "dice-1", "Repair": "repaired", "Compare": "measured-pictures",
+    "The plane": "plane-digit", "Random codes": "dice-1", "A learned prior": "class-pictures", "Repair": "repaired",
+    "Compare": "measured-pictures",
 }  # fmt: skip
 """Where a tab shows something as soon as it is opened."""
 SECONDS = 30_000
@@ -326,6 +327,13 @@ def test_random_codes_change_with_the_dice(page):
     changes(page, "dice-1", lambda: page.get_by_label("as wide as").click())
 
 
+def test_a_class_is_drawn_with_the_learned_prior(page):
+    tab(page, "A learned prior")
+    assert page.locator("#class-pictures img").count() == 6
+    changes(page, "class-pictures", lambda: page.locator("#class").get_by_label("trousers").click())
+    changes(page, "class-pictures", lambda: set_number(page, "class-seed", 7))
+
+
 # Repair and compare
 
 
@@ -335,6 +343,10 @@ def test_damage_is_undone(page):
     for damage in ("Mask", "Shrink", "Salt and pepper"):
         page.locator("#damage").get_by_label(damage).click()
         says(page, "repair-status", r"PSNR [\d.]+ dB before")
+    page.locator("#damage").get_by_label("Drop the colour").click()
+    says(page, "repair-status", "better")
+    changes(page, "repaired", lambda: page.locator("#repair-picker").get_by_label("crying face").click())
+    page.locator("#damage").get_by_label("Noise").click()
     page.locator("#repair-picker").get_by_label("bag").click()
     changes(page, "repaired", lambda: page.locator("#repair-picker").get_by_label("dress").click())
 

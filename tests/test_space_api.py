@@ -27,6 +27,7 @@ ACTIONS = {
     "draw_numbers": dict(n1=1.5, n10=-2),
     "plane_point": dict(x=3, y=-2),
     "random_digits": dict(seed=5, spread="as wide as each model's own codes"),
+    "draw_class": dict(kind="bag", seed=2),
     "repair": dict(picture=EMOJI, damage="Mask", level=0.3, seed=1),
     "compare": dict(family="MNIST"),
 }

@@ -67,7 +67,7 @@ def remembered(fill):
 
 
 def warm():
-    """Import and load what the first visitor needs, while the page travels."""
+    """Import and load what the first visitor needs: while the page travels, or on ZeroGPU before anything forks."""
     import contextlib
 
     from serving import load_pipeline
@@ -77,6 +77,8 @@ def warm():
 
 
 def main():
+    if os.environ.get("SPACES_ZERO_GPU"):
+        warm()
     demo = build()
     demo.queue(max_size=100)
     demo.launch(

@@ -6,7 +6,7 @@ import html
 
 import gradio as gr
 from page import data_uri, show_one
-from serving import GPU, LIVE, enlarge, friendly, load_model, number
+from serving import LIVE, enlarge, friendly, load_model, number
 
 MODEL, SIDE = "mnist-ae-2d", 20
 X, Y = (-8.0, 17.0), (-8.0, 17.0)
@@ -14,7 +14,6 @@ X, Y = (-8.0, 17.0), (-8.0, 17.0)
 
 
 @friendly
-@GPU
 def plane_point(x: float = 0, y: float = 0):
     """Draw the digit at a point of the plane: an autoencoder keeps two numbers of a digit, and every pair is a point.
 

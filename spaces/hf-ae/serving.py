@@ -35,7 +35,7 @@ LIVE = {**SHARED, "trigger_mode": "always_last", "show_progress": "hidden"}
 log = logging.getLogger("hf_ae.space")
 
 try:
-    from spaces import GPU  # type: ignore[import-not-found]  # ZeroGPU, on the Hub
+    from spaces import GPU  # type: ignore[import-not-found]  # on the Hub; for text-to-image only: the rest takes no time on a CPU
 except ImportError:
 
     def GPU(function):  # type: ignore[no-redef]

@@ -15,6 +15,8 @@ FAMILIES = {
         "fashion-sparse",
         "fashion-contractive",
         "fashion-denoising",
+        "fashion-inpainting",
+        "fashion-sharpening",
         "fashion-vae",
         "fashion-beta-vae",
         "fashion-vaegan",
@@ -23,7 +25,7 @@ FAMILIES = {
         "fashion-compressive",
     ),
     "MNIST": ("mnist-ae-2d", "mnist-deep-ae", "mnist-vae"),
-    "Photos and emoji": ("photo-compressive", "emoji-compressive"),
+    "Photos and emoji": ("photo-compressive", "emoji-compressive", "emoji-coloring"),
 }
 """Models that were measured on the same test pictures."""
 COLUMNS = {
@@ -31,6 +33,7 @@ COLUMNS = {
     "PSNR, dB": lambda m: f"{m['reconstruction']['psnr']:.2f}",
     "SSIM": lambda m: f"{m['reconstruction']['ssim']:.3f}",
     "PCA, as many numbers: PSNR": lambda m: f"{m['pca']['psnr']:.2f}",
+    "damaged, repaired: PSNR": lambda m: f"{m['denoising_input']['psnr']:.1f}, {m['denoising']['psnr']:.1f}",
     "FID of samples": lambda m: f"{m['generation']['fid']:.1f}",
     "bytes, smallest file": lambda m: f"{m['compression']['qualities']['0']['bytes']:,.0f}",
     "bytes, best picture": lambda m: f"{m['compression']['qualities']['1']['bytes']:,.0f}",

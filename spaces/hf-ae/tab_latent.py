@@ -1,12 +1,13 @@
-"""Latent space: walk, reckon, turn, point and throw dice among codes."""
+"""Latent space: walk, reckon, turn, point, throw dice and draw among codes."""
 
 from __future__ import annotations
 
 import gradio as gr
 import latent_plane
+import latent_prior
 from page import intro, show_many, show_one
 from picker import buttons_for, chosen, picker_of, sheet_items
-from serving import GPU, LIVE, SHARED, SHEETS, enlarge, friendly, load_model, number, open_upload, sample_file, samples, upload, whole
+from serving import LIVE, SHARED, SHEETS, enlarge, friendly, load_model, number, open_upload, sample_file, samples, upload, whole
 
 WALKERS = {"Clothes": ("clothes", "fashion-vae"), "Digits": ("digits", "mnist-vae")}
 """Title -> sheet of samples, model."""
@@ -41,7 +42,6 @@ def walker(kind):
 
 
 @friendly
-@GPU
 def walk(a: str, b: str, kind: str = "Clothes", way: str = "spherical", position: float = 0.5):
     """Walk from the code of one picture to that of another and decode what lies between.
 
@@ -123,7 +123,6 @@ def change_kind(kind):
 
 
 @friendly
-@GPU
 def arithmetic(a: str = "ankle boot", b: str = "sneaker", picture: str = ""):
     """Reckon with codes: the mean code of one kind of clothes, minus that of another, plus the code of a picture.
 
@@ -186,7 +185,6 @@ def pick_clothes(event: gr.EventData):
 
 
 @friendly
-@GPU
 def numbers_of(picture: str):
     """The ten numbers that the β-VAE keeps of a picture of clothing.
 
@@ -203,7 +201,6 @@ def numbers_of(picture: str):
 
 
 @friendly
-@GPU
 def draw_numbers(
     n1: float = 0,
     n2: float = 0,
@@ -271,7 +268,6 @@ def build_numbers():
 
 
 @friendly
-@GPU
 def random_digits(seed: int = 0, spread: str = next(iter(SPREADS))):
     """Decode random codes with an autoencoder and with a variational one: the first scribbles, the second writes digits.
 
@@ -315,6 +311,7 @@ SECTIONS = {
     "Turn the numbers": (build_numbers, numbers_first),
     "The plane": (latent_plane.build, latent_plane.first),
     "Random codes": (build_random, random_digits),
+    "A learned prior": (latent_prior.build, latent_prior.draw_class),
 }
 
 

@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import gradio as gr
 from page import intro, say, show_many, status
-from picker import chosen, picker_of, sheet_items
-from serving import GPU, LIVE, SHARED, available, enlarge, friendly, load_model, number, open_upload, sample_file, upload, whole
+from picker import buttons_for, chosen, picker_of, sheet_items
+from serving import EXAMPLES, LIVE, SHARED, available, enlarge, friendly, load_model, number, open_upload, sample_file, upload, whole
 
 DAMAGES = {
     "Noise": ("gaussian", "fashion-denoising", (0.05, 0.6, 0.3, 0.05)),
     "Salt and pepper": ("salt_pepper", "fashion-denoising", (0.02, 0.4, 0.15, 0.01)),
     "Mask": ("masking", "fashion-inpainting", (0.05, 0.8, 0.5, 0.05)),
     "Shrink": ("low_resolution", "fashion-sharpening", (2, 7, 4, 1)),
-    "Drop the colour": ("grayscale", "emoji-coloring", (1, 1, 1, 1)),
+    "Drop the colour": ("grayscale", "emoji-coloring", (0, 1, 1, 1)),
 }
 """Title -> kind of corruption, the model trained to undo it, and (lowest, highest, first, step) of its level."""
 FALLBACK = "fashion-denoising"
 """Repairs what no model was trained for."""
 START, FIRST = ("ankle boot", 0), ("Noise", 0.3)
 """What the tab shows when the page opens: a sample, the damage and its level."""
+COLOURED = ("surfer", "crying-face", "baby", "calendar", "broken-heart", "tractor", "owl", "castle")
+"""Emoji to pick where the colour is dropped; no denoising model trained on them."""
+PICKER = "Test pictures to pick"
 
 
 def repairer(damage: str) -> str | None:
@@ -35,19 +39,19 @@ def offered() -> list[str]:
     return [damage for damage in DAMAGES if repairer(damage)]
 
 
-def psnr(a, b) -> float:
-    return -10 * math.log10(max((a - b).square().mean().item(), 1e-10))
+def psnr(a, b, width: float) -> float:
+    """Of two pictures whose values span `width`, in dB."""
+    return -10 * math.log10(max((a - b).square().mean().item() / width**2, 1e-10))
 
 
 @friendly
-@GPU
 def repair(picture: str, damage: str = "Noise", level: float = 0.3, seed: int = 0):
     """Damage a picture and let a denoising autoencoder repair it.
 
     Args:
         picture: The picture; it becomes as small as the model's own (28×28 gray, or 64×64 for colours).
-        damage: Noise, "Salt and pepper", Mask or Shrink; "Drop the colour" where its model is there.
-        level: How much: the noise's standard deviation, the share of pixels, or by how much it shrinks.
+        damage: Noise, "Salt and pepper", Mask, Shrink or "Drop the colour".
+        level: How much: the noise's standard deviation, the share of pixels, or by how much it shrinks; the colour goes entirely.
         seed: Of the noise or mask.
 
     Returns:
@@ -65,11 +69,11 @@ def repair(picture: str, damage: str = "Noise", level: float = 0.3, seed: int = 
     model, processor = load_model(name)
     original = open_upload(picture, 1024, gray=model.config.num_channels == 1)
     pixels = processor([original], return_tensors="pt").pixel_values
-    generator = torch.Generator().manual_seed(whole(seed, 0, 2**31 - 1, "The seed"))
-    damaged = corrupt(pixels, kind, round(level) if kind == "low_resolution" else level, *model.config.pixel_range, generator)
+    (darkest, lightest), generator = model.config.pixel_range, torch.Generator().manual_seed(whole(seed, 0, 2**31 - 1, "The seed"))
+    damaged = corrupt(pixels, kind, round(level) if kind == "low_resolution" else level, darkest, lightest, generator)
     with torch.no_grad():
         repaired = model(damaged).reconstruction
-    before, after = psnr(damaged, pixels), psnr(repaired, pixels)
+    before, after = (psnr(picture, pixels, lightest - darkest) for picture in (damaged, repaired))
     trained = model.config.corruption == kind
     note = "This model was trained for this damage." if trained else "This model never saw this damage: it was trained for gaussian noise."
     drawn = [enlarge(p) for p in processor.postprocess(torch.cat([pixels, damaged, repaired]))]
@@ -84,14 +88,24 @@ def first():
     return repair(sample_file("clothes", *START), *FIRST)
 
 
-def change_damage(damage):
-    """The level's slider for another kind of damage."""
+def samples_for(damage: str) -> list[tuple[str, str]]:
+    """(name, file) of what one can pick: clothes, or what has colours to drop."""
+    if DAMAGES[damage][0] != "grayscale":
+        return sheet_items("clothes", 0)
+    return [(name.replace("-", " "), str(EXAMPLES / f"{name}.png")) for name in COLOURED]
+
+
+def change_damage(damage, picture):
+    """The level's slider, the samples and the picture for another kind of damage; a picture of one's own stays."""
     low, high, value, step = DAMAGES[damage][2]
-    return gr.update(minimum=low, maximum=high, value=value, step=step, visible=low < high)
+    level = gr.update(minimum=low, maximum=high, value=value, step=step, visible=DAMAGES[damage][0] != "grayscale")
+    fitting = samples_for(damage)
+    foreign = {Path(file).name for kind in offered() for _, file in samples_for(kind)} - {Path(file).name for _, file in fitting}
+    return level, buttons_for(fitting, PICKER), fitting[0][1] if picture and Path(picture).name in foreign else gr.skip()
 
 
-def pick(event: gr.EventData):
-    return chosen(sheet_items("clothes", 0), event)
+def pick(damage, event: gr.EventData):
+    return chosen(samples_for(damage), event)
 
 
 def build():
@@ -115,7 +129,7 @@ def build():
                 elem_id="repair-picture",
                 elem_classes="pixels",
             )
-            picker = picker_of(sheet_items("clothes", 0), "Test pictures to pick", "repair-picker")
+            picker = picker_of(samples_for(FIRST[0]), PICKER, "repair-picker")
             damage = gr.Radio(offered(), value=FIRST[0], label="Damage", elem_id="damage")
             low, high, value, step = DAMAGES[FIRST[0]][2]
             level = gr.Slider(low, high, value, step=step, label="How much", elem_id="level")
@@ -127,6 +141,8 @@ def build():
     private = {"api_visibility": "private"}
     repairing = {"inputs": [picture, damage, level, seed], "outputs": [shown, told]}
     gr.on([level.input, seed.input, picture.upload], repair, **repairing, api_name="repair", **LIVE)
-    damage.input(change_damage, damage, level, queue=False, **private).then(repair, **repairing, **SHARED, **private)
-    picker.click(pick, None, picture, queue=False, **private).then(repair, **repairing, **SHARED, **private)
+    changing = damage.input(change_damage, [damage, picture], [level, picker, picture], queue=False, **private)
+    picking = picker.click(pick, damage, picture, queue=False, **private)
+    for event in (changing, picking):
+        event.then(repair, **repairing, **SHARED, **private)
     return repairing["outputs"]

@@ -8,7 +8,7 @@ from pathlib import Path
 import gradio as gr
 from page import intro, say, show_many, show_one, status, table
 from picker import chosen, picker_of
-from serving import EXAMPLES, GPU, LIVE, SHARED, enlarge, friendly, load_codec, number, open_upload, sample_file, served, upload
+from serving import EXAMPLES, LIVE, SHARED, enlarge, friendly, load_codec, number, open_upload, sample_file, served, upload
 
 CODECS = {"Photo": ("photo-compressive", 768), "Emoji": ("emoji-compressive", 128), "Clothes": ("fashion-compressive", 112)}
 """Title -> model, and the longest side that it takes here."""
@@ -33,7 +33,6 @@ def prepared(picture, kind):
 
 
 @friendly
-@GPU
 def round_trip(picture: str, model: str = "Photo", quality: float = 0.25):
     """Compress a picture into a small file with an autoencoder, and open that file again.
 
@@ -61,7 +60,6 @@ def round_trip(picture: str, model: str = "Photo", quality: float = 0.25):
 
 
 @friendly
-@GPU
 def beside_others(picture: str, model: str = "Photo", quality: float = 0.25):
     """Put the autoencoder's file beside JPEG, WebP and AVIF files of about the same size.
 
@@ -85,7 +83,6 @@ def beside_others(picture: str, model: str = "Photo", quality: float = 0.25):
 
 
 @friendly
-@GPU
 def open_file(file: str):
     """Open a compressed .hfae file that this Space or `hf-ae compress` wrote with one of its three models.
 
