@@ -22,7 +22,7 @@ FALLBACK = "fashion-denoising"
 """Repairs what no model was trained for."""
 START, FIRST = ("ankle boot", 0), ("Noise", 0.3)
 """What the tab shows when the page opens: a sample, the damage and its level."""
-COLOURED = ("surfer", "crying-face", "baby", "calendar", "broken-heart", "tractor", "owl", "castle")
+COLOURED = ("baby", "crying-face", "calendar", "broken-heart", "owl", "tractor", "motor-scooter", "castle")
 """Emoji to pick where the colour is dropped; no denoising model trained on them."""
 PICKER = "Test pictures to pick"
 
