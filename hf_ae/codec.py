@@ -163,8 +163,10 @@ def ready(model):
     model.eval().to(memory_format=torch.channels_last)
     if isinstance(model, CompressiveAutoencoderModel):
         model.update_tables()
-    try:  # cuDNN may choose algorithms whose sums are not exact
-        with torch.no_grad(), torch.autocast(model.device.type, enabled=False), torch.backends.cudnn.flags(enabled=False):
+    # cuDNN may choose algorithms whose sums are not exact
+    exact = torch.backends.cudnn.flags(enabled=False) if model.device.type == "cuda" else contextlib.nullcontext()
+    try:
+        with torch.no_grad(), torch.autocast(model.device.type, enabled=False), exact:
             yield
     finally:
         model.train(training)

@@ -81,7 +81,7 @@ def random_codes(model, n: int, like: torch.Tensor | None = None, seed: int = 0)
     """`n` codes of the model drawn from N(0, I); with `like` (m, *shape), from a normal distribution of as large a mean and
     spread in each number as these codes have. The same seed gives the same."""
     codes = prior(model.config.code_shape).sample(n, generator=torch.Generator().manual_seed(seed))
-    return codes if like is None else like.mean(0) + like.std(0) * codes
+    return codes if like is None else like.mean(0) + like.std(0, correction=min(1, len(like) - 1)) * codes.to(like)
 
 
 @torch.no_grad()

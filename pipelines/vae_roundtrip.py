@@ -148,6 +148,11 @@ def gray(values: torch.Tensor) -> Image.Image:
     return Image.fromarray(scaled.clamp(0, 1).mul(255).round().byte().numpy()).convert("RGB")
 
 
+def nearness(found: Measured) -> str:
+    """In words; SSIM needs windows of 11 pixels, so a smaller picture has none."""
+    return f"{found.psnr:.2f} dB" + ("" if math.isnan(found.ssim) else f", SSIM {found.ssim:.3f}")
+
+
 def draw_panel(original, latents, codes, decoded: Measured, others: dict[str, Measured]) -> Image.Image:
     """original | latents | decoded, and below them the other formats, each over what it is and costs."""
     bits = 8 * len(original.getbands())
@@ -157,12 +162,13 @@ def draw_panel(original, latents, codes, decoded: Measured, others: dict[str, Me
     cells = [
         (original, f"{size}@{bits}bpp", "original"),
         (latents, shape, f"latents: {file}"),
-        (decoded.picture, f"{size}@{bits}bpp", f"decoded: {decoded.psnr:.2f} dB, SSIM {decoded.ssim:.3f}"),
+        (decoded.picture, f"{size}@{bits}bpp", f"decoded: {nearness(decoded)}"),
     ]
     for name, found in others.items():
-        cells.append((found.picture, f"{name}: {found.size:,} bytes, {found.bpp:.3g} bpp", f"{found.psnr:.2f} dB, SSIM {found.ssim:.3f}"))
-    width = max(240, original.width)
-    height = round(width * original.height / original.width)
+        cells.append((found.picture, f"{name}: {found.size:,} bytes, {found.bpp:.3g} bpp", nearness(found)))
+    scale = max(1.0, min(240 / original.width, 960 / original.height))
+    shown = (max(1, round(original.width * scale)), max(1, round(original.height * scale)))
+    width, height = max(240, shown[0]), shown[1]
     line = max(14, width // 26)
     font, gap = ImageFont.load_default(line), line // 2
     step = (width + gap, height + 3 * line + gap)
@@ -170,7 +176,7 @@ def draw_panel(original, latents, codes, decoded: Measured, others: dict[str, Me
     draw = ImageDraw.Draw(sheet)
     for i, (picture, first, second) in enumerate(cells):
         left, top = gap + i % 3 * step[0], gap + i // 3 * step[1]
-        sheet.paste(picture.convert("RGB").resize((width, height), Image.Resampling.NEAREST), (left, top))
+        sheet.paste(picture.convert("RGB").resize(shown, Image.Resampling.NEAREST), (left + (width - shown[0]) // 2, top))
         for row, text in enumerate((first, second)):
             draw.text((left + width / 2, top + height + (row + 0.8) * 1.2 * line), text, "#222222", font, anchor="mm")
     return sheet

@@ -107,3 +107,4 @@ def test_random_codes_have_the_spread_that_is_asked_for(plane):
     wide = random_codes(plane, 20_000, like)
     torch.testing.assert_close(wide.mean(0), like.mean(0), rtol=0.05, atol=0.1)
     torch.testing.assert_close(wide.std(0), like.std(0), rtol=0.05, atol=0.05)
+    assert torch.equal(random_codes(plane, 3, like[:1]), like[:1].expand(3, -1))

@@ -279,6 +279,20 @@ def test_wrong_files_are_one_friendly_line(page, tmp_path):
     source(page, "trip-picture")
 
 
+def test_of_quick_clicks_the_last_one_counts(page):
+    tab(page, "Round trip")
+    for names in (("caps", "boat"), ("window", "caps")):
+        page.locator("#trip-picker").get_by_label(f"Photo: {names[0]}").click()
+        page.wait_for_timeout(100)
+        page.locator("#trip-picker").get_by_label(f"Photo: {names[1]}").click()
+        page.wait_for_timeout(3000)
+        quick = page.locator("#trip-status").inner_text()
+        changes(page, "trip-slider", lambda: page.locator("#trip-picker").get_by_label("Emoji: owl").click())
+        changes(page, "trip-slider", lambda name=names[1]: page.locator("#trip-picker").get_by_label(f"Photo: {name}").click())
+        page.wait_for_timeout(1500)
+        assert page.locator("#trip-status").inner_text() == quick
+
+
 # Latent space
 
 

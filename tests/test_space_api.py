@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import dataclasses
 import json
 import re
 import urllib.error
@@ -11,6 +12,8 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+
+from hf_ae.bitstream import pack, unpack
 
 gradio_client = pytest.importorskip("gradio_client", reason="the Space needs pip install 'hf_ae[space]'")
 EXAMPLES = Path(__file__).resolve().parent.parent / "spaces" / "hf-ae" / "examples"
@@ -63,6 +66,13 @@ def test_every_action_is_public_and_no_other(client):
 def test_every_action_answers_with_pictures(client, name):
     found = pictures_in(client.predict(api_name=f"/{name}", **ACTIONS[name]))
     assert found and all(Image.open(path).size[0] > 27 for path in found)
+
+
+@pytest.mark.parametrize("damage, level", {"Noise": 0.6, "Salt and pepper": 0.02, "Mask": 0.8, "Shrink": 7, "Drop the colour": 0}.items())
+def test_every_damage_and_its_whole_range_is_there_without_the_page(client, damage, level):
+    assert "PSNR" in client.predict(EMOJI, damage, level, 99, api_name="/repair")[1]
+    limits = "Level|level|maximum|minimum"
+    assert re.search(limits, error_of(client, "repair", picture=EMOJI, damage=damage, level=7.5))
 
 
 def test_a_drawing_depends_on_its_seed_alone(client):
@@ -192,6 +202,24 @@ def test_a_picture_of_100_megapixels_is_refused_by_its_header(client, tmp_path, 
     assert "100 megapixels" in said and "\n" not in said
 
 
+def test_a_picture_that_pillow_itself_refuses_is_called_too_large(client, tmp_path):
+    sent = gradio_client.handle_file(str(huge_png(tmp_path / "huge.png", 14_000)))
+    assert "far too large" in error_of(client, "round_trip", picture=sent)
+
+
+def test_a_narrow_picture_costs_no_more_than_its_pixels(client, tmp_path):
+    """Cells of a panel are 240 pixels wide at the least: a picture of one column must not be stretched to that."""
+    Image.new("RGB", (1, 768), "red").save(tmp_path / "column.png")
+    sent = gradio_client.handle_file(str(tmp_path / "column.png"))
+    *_, figures, panel = client.predict(sent, "Photo", 0.3, api_name="/beside_others")
+    assert max(Image.open(panel).size) < 2_500 and "nan" not in figures
+    *_, file = client.predict(sent, "Photo", 0.3, api_name="/round_trip")
+    forged = Path(file).read_bytes()
+    header = unpack(forged)
+    (tmp_path / "long.hfae").write_bytes(pack(dataclasses.replace(header, width=160_000, height=1)))
+    assert "160,000×1 pixels" in error_of(client, "open_file", file=gradio_client.handle_file(str(tmp_path / "long.hfae")))
+
+
 def broken_files(tmp_path: Path) -> dict[str, bytes]:
     owl = (EXAMPLES / "owl.png").read_bytes()
     return {
@@ -253,9 +281,12 @@ def test_no_file_of_the_machine_can_be_read(space, client):
         "app.py",
     ):
         assert get(f"{space}/gradio_api/file={path}") in (403, 404), path
-    for path in ("/etc/passwd", str(EXAMPLES / "owl.png")):
-        body = {"data": [{"path": path, "meta": {"_type": "gradio.FileData"}}, "Photo", 0.5]}
-        assert "Error" in called(space, "round_trip", body) or "error" in called(space, "round_trip", body)
+    for path in ("/etc/passwd", str(EXAMPLES / "owl.png"), str(EXAMPLES.parent / "screenshot.jpg")):
+        for meta in ({"meta": {"_type": "gradio.FileData"}}, {"meta": {}}, {}):
+            sent = {"path": path, **meta}
+            assert "event: error" in called(space, "round_trip", {"data": [sent, "Photo", 0.5]}), sent
+            assert "event: error" in called(space, "repair", {"data": [sent, "Noise", 0.3, 0]}), sent
+            assert "event: error" in called(space, "draw", {"data": ["owl", 1, 2, 2.0, "DDIM", 1, sent, 0.0]}), sent
 
 
 def called(space: str, name: str, body: dict) -> str:

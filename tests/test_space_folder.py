@@ -1,5 +1,6 @@
 """The folder of the Space is exactly what the Hub takes."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -84,3 +85,36 @@ def test_as_on_the_hub_models_come_from_an_owner(tmp_path):
                 client.predict(clothes, clothes, api_name="/walk")
     assert "mnist-ae-2d" in figures and "mnist-vae" not in figures
     assert any("me/mnist-ae-2d/resolve" in request for request in hub.requests)
+
+
+def in_the_space(folder: Path, code: str, **environment: str) -> str:
+    """What a program prints that runs beside the Space's modules."""
+    env = {**os.environ, "PYTHONPATH": f"{folder}{os.pathsep}{ROOT}", "GRADIO_TEMP_DIR": str(folder / "temporary"), **environment}
+    return subprocess.run([sys.executable, "-c", code], env=env, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def test_without_a_checkout_models_are_those_that_the_readme_names(tmp_path):
+    pytest.importorskip("gradio", reason="the Space needs pip install 'hf_ae[space]'")
+    shutil.copytree(SPACE, tmp_path / "space", ignore=shutil.ignore_patterns("__pycache__"))
+    code = "import serving; print(serving.place('mnist-vae'), serving.available('mnist-vae'), serving.available('other'))"
+    assert in_the_space(tmp_path / "space", code) == "hf-ae/mnist-vae True False"
+    assert in_the_space(tmp_path / "space", code, HF_AE_SPACE_MODELS="me,mnist-vae=you/vae") == "you/vae True False"
+
+
+def test_old_files_are_swept_and_fresh_and_shown_ones_stay(tmp_path):
+    pytest.importorskip("gradio", reason="the Space needs pip install 'hf_ae[space]'")
+    for name in ("shown", "old/one", "old/two", "fresh"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    code = f"""
+import time, app
+from pathlib import Path
+time.sleep(1.2)
+folder = Path({str(tmp_path)!r})
+(folder / "fresh").write_text("again")
+for _ in range(2):  # what is in a folder first, then the folder
+    app.sweep(folder, {{str(folder / "shown")}}, 1)
+print(*sorted(str(p.relative_to(folder)) for p in folder.rglob("*")))
+"""
+    assert set(in_the_space(SPACE, code, GRADIO_TEMP_DIR=str(tmp_path / "t")).split()) <= {"fresh", "shown", "old", "t"}
+    assert (tmp_path / "shown").exists() and (tmp_path / "fresh").exists() and not (tmp_path / "old" / "one").exists()

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import os
+import shutil
+import signal
 import sys
 import tempfile
 import threading
+import time
 from pathlib import Path
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
-os.environ.setdefault("GRADIO_TEMP_DIR", tempfile.mkdtemp(prefix="hf_ae_space_"))
+if "GRADIO_TEMP_DIR" not in os.environ:
+    os.environ["GRADIO_TEMP_DIR"] = tempfile.mkdtemp(prefix="hf_ae_space_")
+    atexit.register(shutil.rmtree, os.environ["GRADIO_TEMP_DIR"], ignore_errors=True)
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import gradio as gr
@@ -19,7 +26,7 @@ import tab_prompt
 import tab_repair
 import tab_round_trip
 from page import theme
-from serving import HERE, SHARED, each, keep
+from serving import HERE, load_pipeline, remembered
 
 TITLE = "hf_ae: every autoencoder"
 HEADER = """<header><h1>Every autoencoder, in your browser</h1>
@@ -29,13 +36,14 @@ HEAD = (
     '<meta name="description" content="Draw, compress, explore, repair: autoencoders as Hugging Face models.">'
     '<meta name="color-scheme" content="light dark">'
 )
-KEEP_FILES = 3600
-"""Seconds that uploads and results stay on the disk."""
+ON_ZERO_GPU = bool(os.environ.get("SPACES_ZERO_GPU"))
+KEEP_FILES, SWEEP = 3600, 600
+"""Seconds that uploads and results stay on the disk, and between two looks for older ones."""
 
 
 def build() -> gr.Blocks:
     """The page."""
-    with gr.Blocks(title=TITLE, delete_cache=(KEEP_FILES, KEEP_FILES)) as demo:
+    with gr.Blocks(title=TITLE) as demo:
         gr.HTML(HEADER, elem_id="header")
         with gr.Tabs(elem_id="tabs"):
             with gr.Tab("Prompt to picture", id="prompt"):
@@ -49,35 +57,34 @@ def build() -> gr.Blocks:
             with gr.Tab("Compare", id="compare"):
                 compare = tab_compare.build()
         for outputs, fill in [(trip, tab_round_trip.first), *latent, (repair, tab_repair.first), (compare, tab_compare.compare)]:
-            drawn.then(remembered(fill), None, outputs, api_visibility="private", show_progress="hidden", **SHARED)
+            drawn.then(remembered(fill), None, outputs, api_visibility="private", show_progress="hidden", queue=False)
     return demo
 
 
-def remembered(fill):
-    """What `fill()` gives, worked out once for all visitors."""
-    lock, kept = threading.Lock(), []
-
-    def first_view():
-        with lock:
-            if not kept:
-                kept.append(each(fill(), keep))
-        return kept[0]
-
-    return first_view
-
-
 def warm():
-    """Import and load what the first visitor needs: while the page travels, or on ZeroGPU before anything forks."""
-    import contextlib
+    """What the first visitor needs: on ZeroGPU loaded before anything forks, elsewhere also drawn, while the page travels."""
+    with contextlib.suppress(ValueError, gr.Error):  # said again, on the page, to whoever asks for it
+        load_pipeline() if ON_ZERO_GPU else tab_prompt.first_drawing()
 
-    from serving import load_pipeline
 
-    with contextlib.suppress(ValueError):  # said again, on the page, to whoever asks for it
-        load_pipeline()
+def sweep(folder: Path, kept: set[str], seconds: float = KEEP_FILES):
+    """Delete the files, and the empty folders, that nobody has touched for so long; not those that the page itself shows."""
+    for path in folder.rglob("*"):
+        with contextlib.suppress(OSError):  # in use, not empty, or gone
+            if time.time() - path.stat().st_ctime > seconds and str(path) not in kept:
+                path.rmdir() if path.is_dir() else path.unlink()
+
+
+def keep_tidy(demo: gr.Blocks):
+    """Sweep from time to time. Gradio's own `delete_cache` stops for good when a file comes while it looks."""
+    while True:
+        time.sleep(SWEEP)
+        kept = {path for block in list(demo.blocks.values()) for path in list(block.keep_in_cache)}
+        sweep(Path(os.environ["GRADIO_TEMP_DIR"]), kept)
 
 
 def main():
-    if os.environ.get("SPACES_ZERO_GPU"):
+    if ON_ZERO_GPU:
         warm()
     demo = build()
     demo.queue(max_size=100)
@@ -85,7 +92,10 @@ def main():
         theme=theme(), css_paths=HERE / "style.css", head=HEAD, mcp_server=True, max_file_size="30mb", max_threads=8, ssr_mode=False,
         footer_links=["api", "gradio", "settings"], prevent_thread_lock=True,
     )  # fmt: skip
-    threading.Thread(target=warm, daemon=True).start()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that what stands at the exit is done
+    threading.Thread(target=keep_tidy, args=(demo,), daemon=True).start()
+    if not ON_ZERO_GPU:
+        threading.Thread(target=warm, daemon=True).start()
     demo.block_thread()
 
 

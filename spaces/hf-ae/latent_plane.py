@@ -18,8 +18,8 @@ def plane_point(x: float = 0, y: float = 0):
     """Draw the digit at a point of the plane: an autoencoder keeps two numbers of a digit, and every pair is a point.
 
     Args:
-        x: The first number of the code.
-        y: The second number of the code.
+        x: The first number of the code, -8 to 17.
+        y: The second number of the code, -8 to 17.
 
     Returns:
         The digit that the decoder draws there.
@@ -29,7 +29,7 @@ def plane_point(x: float = 0, y: float = 0):
     from hf_ae.latents import decode
 
     loaded = load_model(MODEL)
-    code = [number(x, -1000, 1000, "x"), number(y, -1000, 1000, "y")]
+    code = [number(x, *X, "x"), number(y, *Y, "y")]
     return enlarge(loaded[1].postprocess(decode(loaded[0], torch.tensor([code])))[0])
 
 

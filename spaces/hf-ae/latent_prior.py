@@ -16,7 +16,7 @@ def draw_class(kind: str = FIRST, seed: int = 0, guidance: float = 2.5):
 
     Args:
         kind: T-shirt, trousers, pullover, dress, coat, sandal, shirt, sneaker, bag or "ankle boot".
-        seed: The same seed draws the same pictures.
+        seed: 0 to 99; the same seed draws the same pictures.
         guidance: How much the class counts, 1 to 5: above 1 more typical, and less varied.
 
     Returns:
@@ -25,7 +25,7 @@ def draw_class(kind: str = FIRST, seed: int = 0, guidance: float = 2.5):
     if kind not in SHEETS["clothes"]:
         raise ValueError(f"This class is not known: use one of {', '.join(SHEETS['clothes'])}.")
     model, processor = load_model(MODEL)
-    label, seed = SHEETS["clothes"].index(kind), whole(seed, 0, 2**31 - 1, "The seed")
+    label, seed = SHEETS["clothes"].index(kind), whole(seed, 0, 99, "The seed")
     drawn = model.generate(COUNT, labels=label, guidance_scale=number(guidance, 1, 5, "The guidance"), seed=seed)
     return [enlarge(picture) for picture in processor.postprocess(drawn)]
 

@@ -81,6 +81,20 @@ def show_many(label: str, elem_id: str, columns: int, **options) -> gr.Gallery:
     return gr.Gallery(label=label, elem_id=elem_id, columns=columns, **shown)
 
 
+TERMS = {
+    "PSNR": "how near to the original, in decibels; 6 dB more halve the error, and beyond 35 dB one hardly sees any",
+    "SSIM": "likeness of structures, 1 where nothing differs",
+    "FID": "how far drawn pictures are from real ones as a whole, 0 where they cannot be told apart",
+    "PCA": "the best that a linear code of as many numbers can do",
+}
+"""What figures mean."""
+
+
+def terms(*names: str) -> gr.HTML:
+    """A line that explains figures."""
+    return gr.HTML(f'<p class="terms">{"; ".join(f"<b>{name}</b>: {TERMS[name]}" for name in names)}.</p>')
+
+
 def status(text: str = "", elem_id: str | None = None) -> gr.HTML:
     """A line that tells what happened; screen readers say it aloud."""
     return gr.HTML(say(text), label="Result in words", elem_id=elem_id, elem_classes="status")

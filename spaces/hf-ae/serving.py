@@ -1,7 +1,7 @@
 """What every tab needs: models that load once, pictures that are safe to open, errors that read well.
 
 Models come from `HF_AE_SPACE_MODELS`: a folder of model folders or an owner on the Hub, and `name=place` for single models, with
-commas between. Default: the model_cards of the checkout around this folder, or else the owner of the Space.
+commas between. Default: the model_cards of the checkout around this folder, or else the ids that the Space's README lists.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ MOST_PIXELS = 25_000_000
 """Of an uploaded picture, as its header announces them."""
 FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "GIF", "BMP", "TIFF")
 """That Pillow may decode: none of them runs another program."""
-SHARED = {"concurrency_id": "compute", "concurrency_limit": 2}
-"""Every event that computes waits in one queue."""
-LIVE = {**SHARED, "trigger_mode": "always_last", "show_progress": "hidden"}
-"""An event that follows a control while it moves: only its last position counts."""
+SHARED = {"concurrency_id": "compute", "concurrency_limit": 2, "trigger_mode": "always_last"}
+"""Every event that computes waits in one queue; of a visitor's quick clicks the last one counts."""
+LIVE = {**SHARED, "show_progress": "hidden"}
+"""An event that follows a control while it moves."""
 log = logging.getLogger("hf_ae.space")
 
 try:
@@ -46,13 +46,12 @@ except ImportError:
 # Where models are
 
 
-def places() -> tuple[str, dict[str, str]]:
-    """(folder or owner of all models, {name: place} of single ones) from the environment."""
+def places() -> tuple[str | None, dict[str, str]]:
+    """(folder or owner of all models if there is one, {name: place} of single ones) from the environment."""
     parts = [part.strip() for part in os.environ.get("HF_AE_SPACE_MODELS", "").split(",") if part.strip()]
     single = dict(part.split("=", 1) for part in parts if "=" in part)
     common = [part for part in parts if "=" not in part]
-    default = str(CHECKOUT) if CHECKOUT.is_dir() else os.environ.get("SPACE_AUTHOR_NAME", "hf-ae")
-    return (common[-1] if common else default), single
+    return (common[-1] if common else str(CHECKOUT) if CHECKOUT.is_dir() else None), single
 
 
 def place(name: str) -> str:
@@ -60,21 +59,26 @@ def place(name: str) -> str:
     common, single = places()
     if name in single:
         return single[name]
+    if common is None:
+        return published().get(name, name)
     return str(Path(common) / name) if Path(common).is_dir() else f"{common}/{name}"
 
 
-def published() -> list[str]:
-    """The names of the models that the Space's own README lists."""
+@functools.cache
+def published() -> dict[str, str]:
+    """name -> Hub id of the models that the Space's own README lists."""
     header = re.match(r"---\n.*?^models:\n((?:- .*\n)+)", (HERE / "README.md").read_text(), re.S | re.M)
-    return [line.rsplit("/", 1)[-1] for line in header[1].splitlines()] if header else []
+    ids = [line.removeprefix("- ").strip() for line in header[1].splitlines()] if header else []
+    return {repo.rsplit("/", 1)[-1]: repo for repo in ids}
 
 
 def available(name: str) -> bool:
     """Whether a model can be loaded: its folder holds weights, or it lies on the Hub."""
     folder = Path(place(name))
-    if Path(places()[0]).is_dir() and name not in places()[1]:
+    if folder.is_dir():
         return (folder / "model_index.json").is_file() or (folder / "model.safetensors").is_file()
-    return folder.is_dir() or name in published()
+    common = places()[0]
+    return name in published() and not (common and Path(common).is_dir())
 
 
 def file_of(name: str, filename: str) -> Path | None:
@@ -82,12 +86,17 @@ def file_of(name: str, filename: str) -> Path | None:
     folder = Path(place(name))
     if folder.is_dir():
         return folder / filename if (folder / filename).is_file() else None
-    from huggingface_hub import hf_hub_download
+    if (name, filename) not in _fetched:
+        from huggingface_hub import hf_hub_download
 
-    try:
-        return Path(hf_hub_download(place(name), filename))
-    except Exception:  # not there, or no network: each has its own exception
-        return None
+        try:
+            _fetched[name, filename] = Path(hf_hub_download(place(name), filename))
+        except Exception:  # not there, or no network: each has its own exception
+            return None
+    return _fetched[name, filename]
+
+
+_fetched: dict[tuple[str, str], Path] = {}
 
 
 # Models, loaded once
@@ -106,8 +115,8 @@ def load_once(kind: str, name: str, load):
     return _loaded[kind, name]
 
 
-def is_loaded(name: str) -> bool:
-    return any(known == name for _, known in _loaded)
+def is_loaded(kind: str, name: str) -> bool:
+    return (kind, name) in _loaded
 
 
 def two_threads():
@@ -196,10 +205,21 @@ def readable(error: Exception) -> gr.Error:
 
 
 def upload(**options) -> gr.Image:
-    """An image input that hands over the path of the file as it came: nothing is decoded before its size is known."""
+    """An image input that hands over the path of the file as it came: nothing is decoded before its size is known.
+
+    Only files in the folder of uploads count: whoever calls the API may write any path.
+    """
     image = gr.Image(type="filepath", image_mode=None, format="png", sources=["upload", "clipboard"], alt_text=options["label"], **options)
     decode = image.preprocess
-    image.preprocess = lambda payload: payload.path if payload is not None and payload.path else decode(payload)  # type: ignore[method-assign]
+
+    def preprocess(payload):
+        if payload is None or not payload.path:
+            return decode(payload)
+        if not Path(payload.path).resolve().is_relative_to(Path(os.environ["GRADIO_TEMP_DIR"]).resolve()):
+            raise gr.Error("This picture was not uploaded here.", print_exception=False)
+        return payload.path
+
+    image.preprocess = preprocess  # type: ignore[method-assign]
     return image
 
 
@@ -211,13 +231,15 @@ def open_upload(path, most_side: int | None = None, gray: bool = False):
 
     if not path:
         raise ValueError("There is no picture yet: upload one, or click one of the examples.")
+    most = f"at most {MOST_PIXELS // 1_000_000} megapixels are accepted"
     try:
         with Image.open(path, formats=FORMATS) as header:
             width, height = header.size
+    except Image.DecompressionBombError:
+        raise ValueError(f"This picture is far too large: {most}.") from None
     except Exception:  # every decoder has its own exceptions
         raise ValueError(f"This file is no picture that can be read here: use {', '.join(FORMATS[:5])}.") from None
     if width * height > MOST_PIXELS:
-        most = f"at most {MOST_PIXELS // 1_000_000} are accepted"
         raise ValueError(f"This picture has {width * height / 1e6:.0f} megapixels, and {most}: make it smaller first.")
     try:
         with Image.open(path, formats=FORMATS) as file:
@@ -325,6 +347,19 @@ def write_once(root: Path, data: bytes, name: str) -> str:
         os.chmod(partial.name, 0o644)
         os.replace(partial.name, path)
     return str(path)
+
+
+def remembered(fill):
+    """What `fill()` gives, worked out once for all visitors, with files that last as long as the process."""
+    lock, kept = threading.Lock(), []
+
+    def first_view():
+        with lock:
+            if not kept:
+                kept.append(each(fill(), keep))
+        return kept[0]
+
+    return first_view
 
 
 def enlarge(picture, side: int = 224):

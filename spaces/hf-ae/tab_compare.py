@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import gradio as gr
-from page import intro, show_many, table
+from page import intro, show_many, table, terms
 from serving import file_of, friendly, keep_file
 
 FAMILIES = {
@@ -25,7 +25,8 @@ FAMILIES = {
         "fashion-compressive",
     ),
     "MNIST": ("mnist-ae-2d", "mnist-deep-ae", "mnist-vae"),
-    "Photos and emoji": ("photo-compressive", "emoji-compressive", "emoji-coloring"),
+    "Photos": ("photo-compressive",),
+    "Emoji": ("emoji-compressive", "emoji-coloring"),
 }
 """Models that were measured on the same test pictures."""
 COLUMNS = {
@@ -59,7 +60,7 @@ def compare(family: str = "Fashion-MNIST"):
     """The measured table of a family of autoencoders: size of the code, reconstruction error, files and samples.
 
     Args:
-        family: Fashion-MNIST, MNIST, or "Photos and emoji".
+        family: Fashion-MNIST, MNIST, Photos or Emoji.
 
     Returns:
         The table as HTML, and pictures: each model's reconstructions of test pictures.
@@ -67,10 +68,12 @@ def compare(family: str = "Fashion-MNIST"):
     if family not in FAMILIES:
         raise ValueError(f"This family is not known: use one of {', '.join(FAMILIES)}.")
     found = {name: metrics for name in FAMILIES[family] if (metrics := measured(name))}
+    if not found:
+        raise ValueError("The figures cannot be read just now: try again later.")
     rows = {name: [cell(read, metrics) for read in COLUMNS.values()] for name, metrics in found.items()}
     rows = dict(sorted(rows.items(), key=lambda row: -float(row[1][1] or 0)))
     kept = [i for i in range(len(COLUMNS)) if any(row[i] for row in rows.values())]
-    pictures = sorted({f"{metrics['images']:,} of {metrics['dataset']}" for metrics in found.values()})
+    pictures = sorted({f"{metrics['images']:,} of {metrics['dataset'].split('/')[-1]}" for metrics in found.values()})
     caption = f"Measured on test pictures ({'; '.join(pictures)}), with hf-ae evaluate"
     head = ["model", *(list(COLUMNS)[i] for i in kept)]
     drawn = [(path, name) for name in rows if (path := file_of(name, "reconstructions.png") or file_of(name, "roundtrip.jpg"))]
@@ -92,6 +95,7 @@ def build():
     )
     family = gr.Radio(list(FAMILIES), value="Fashion-MNIST", label="Trained and measured on", elem_id="family")
     figures = gr.HTML(label="Figures", elem_id="measured", apply_default_css=False)
+    terms("PSNR", "SSIM", "PCA", "FID")
     pictures = show_many("Test pictures, and what comes back", "measured-pictures", 1)
     family.input(compare, family, [figures, pictures], api_name="compare", queue=False)
     return [figures, pictures]

@@ -272,7 +272,7 @@ def random_digits(seed: int = 0, spread: str = next(iter(SPREADS))):
     """Decode random codes with an autoencoder and with a variational one: the first scribbles, the second writes digits.
 
     Args:
-        seed: The same seed draws the same codes.
+        seed: 0 to 99; the same seed draws the same codes.
         spread: "N(0, 1), as the VAE was trained", or "as wide as each model's own codes".
 
     Returns:
@@ -283,7 +283,7 @@ def random_digits(seed: int = 0, spread: str = next(iter(SPREADS))):
 
     if spread not in SPREADS:
         raise ValueError(f"This spread is not known: use one of {'; '.join(SPREADS)}.")
-    seed, sheets = whole(seed, 0, 2**31 - 1, "The seed"), []
+    seed, sheets = whole(seed, 0, 99, "The seed"), []
     for name in DICE.values():
         loaded = load_model(name)
         like = encode(loaded, [picture for row in samples("digits").values() for picture in row]) if SPREADS[spread] else None

@@ -7,7 +7,7 @@ import time
 
 import gradio as gr
 from page import intro, say, show_many, show_one, status
-from serving import GPU, SHARED, friendly, is_loaded, load_pipeline, number, open_upload, upload, whole
+from serving import GPU, SHARED, friendly, is_loaded, load_pipeline, number, open_upload, remembered, upload, whole
 
 MOST_LETTERS, MOST_STEPS, MOST_PICTURES = 300, 50, 6
 SCHEDULERS = {
@@ -66,8 +66,8 @@ def start_picture(picture, strength) -> dict:
     return {"image": square, "strength": number(strength, 0, 1, "The strength")}
 
 
-@friendly
 @GPU
+@friendly
 def draw(
     prompt: str,
     seed: int = 1,
@@ -94,7 +94,7 @@ def draw(
         The pictures, and a line that says what the prompt was taken for and how long it took.
     """
     options = checked(prompt, seed, steps, guidance, scheduler, count) | start_picture(picture, strength)
-    if not is_loaded("emoji-text-to-image"):
+    if not is_loaded("pipeline", "emoji-text-to-image"):
         yield gr.skip(), say("Loading the model: this happens once …")
     pipe, started = pipeline_with(scheduler), time.perf_counter()
     for output in pipe.stream(**options):
@@ -105,8 +105,8 @@ def draw(
     yield output.images, say(f"{drawn_as}in {time.perf_counter() - started:.2f} s.")
 
 
-@friendly
 @GPU
+@friendly
 def steps_sheet(prompt: str, seed: int = 1, guidance: float = 2.0, scheduler: str = "DPM-Solver++"):
     """Draw one prompt with 2, 4, 6, 10 and 20 denoising steps (rows) and four seeds (columns): see what more steps buy.
 
@@ -127,6 +127,17 @@ def steps_sheet(prompt: str, seed: int = 1, guidance: float = 2.0, scheduler: st
         drawing = options | {"num_inference_steps": steps, "num_images_per_prompt": SHEET_SEEDS}
         rows[f"{steps} steps"] = pipe(**drawing, output_type="pt").images
     return labelled_rows(rows, cell=128)
+
+
+first_drawing = remembered(lambda: [*draw(**FIRST)][-1])
+
+
+def draw_first(*values):
+    """What the page draws when it opens: once for all visitors, unless a link asks for something else."""
+    if values[: len(FIRST)] == tuple(FIRST.values()) and not values[len(FIRST)]:
+        yield first_drawing()
+    else:
+        yield from draw(*values)
 
 
 def from_address(request: gr.Request):
@@ -168,51 +179,53 @@ def build(demo: gr.Blocks):
     )
     with gr.Row(equal_height=False):
         with gr.Column(scale=5, min_width=300):
-            prompt = gr.Textbox(
-                FIRST["prompt"],
-                label="Prompt",
-                placeholder="What shall it draw?",
-                max_length=None,
-                lines=1,
-                max_lines=3,
-                elem_id="prompt",
-                autofocus=False,
-            )
+            prompt = gr.Textbox(FIRST["prompt"], label="Prompt", placeholder="What shall it draw?", max_lines=3, elem_id="prompt")
             with gr.Row():
                 draw_button = gr.Button("Draw", variant="primary", elem_id="draw", scale=3, min_width=120)
                 lucky = gr.Button("Another seed", elem_id="another-seed", scale=2, min_width=120)
             examples = gr.Examples(
                 [[text] for text in PROMPTS], prompt, label="Examples", elem_id="prompt-examples", api_visibility="private"
             )
-            with gr.Accordion("More settings", open=False, elem_id="prompt-more"):
-                with gr.Row():
-                    seed = gr.Number(FIRST["seed"], label="Seed", precision=0, minimum=0, elem_id="seed", min_width=120)
-                    count = gr.Slider(1, MOST_PICTURES, FIRST["count"], step=1, label="Pictures", elem_id="count", min_width=160)
-                steps = gr.Slider(1, MOST_STEPS, FIRST["steps"], step=1, label="Steps", elem_id="steps")
-                guidance = gr.Slider(
-                    1, 10, FIRST["guidance"], step=0.5, label="Guidance: how closely to follow the prompt", elem_id="guidance"
-                )
-                scheduler = gr.Dropdown(list(SCHEDULERS), value=FIRST["scheduler"], label="Scheduler", elem_id="scheduler")
+            seed, *others = build_settings()
             with gr.Accordion("Start from a picture", open=False, elem_id="prompt-image"):
                 picture = upload(label="Picture to start from", height=200, elem_id="start-picture")
                 strength = gr.Slider(0, 1, 0.6, step=0.05, label="Strength: how far to leave it", elem_id="strength")
         with gr.Column(scale=6, min_width=300):
             pictures = show_many("Pictures", "pictures", 3, elem_classes="emoji", buttons=["download", "fullscreen"])
             told = status("", "draw-status")
-            with gr.Row():
-                sheet_button = gr.Button("Sheet: steps × seeds", size="sm", elem_id="sheet-button", min_width=120)
-                share_button = gr.Button("Copy a link to this", size="sm", elem_id="share", min_width=120)
-            link = gr.Textbox(label="Link, copied", visible=False, interactive=False, buttons=["copy"], elem_id="link")
-            sheet = show_one("What more steps buy", "sheet", visible=False, buttons=["download", "fullscreen"])
-
-    fields = [prompt, seed, steps, guidance, scheduler, count]
-    drawing = {"inputs": [*fields, picture, strength], "outputs": [pictures, told], "show_progress_on": told, **SHARED}
-    private = {"api_visibility": "private"}
+            extras = build_extras([prompt, seed, *others])
+    drawing = {"inputs": [prompt, seed, *others, picture, strength], "outputs": [pictures, told], "show_progress_on": told, **SHARED}
+    fields, private = [prompt, seed, *others], {"api_visibility": "private"}
     gr.on([draw_button.click, prompt.submit], draw, **drawing, api_name="draw")
     examples.load_input_event.then(draw, **drawing, **private)
     lucky.click(lambda: random.randrange(10_000), None, seed, queue=False, **private).then(draw, **drawing, **private)
-    sheet_button.click(lambda: gr.update(visible=True), None, sheet, queue=False, **private).then(
+    gr.on([field.change for field in fields], lambda: [gr.update(visible=False)] * 2, None, extras, queue=False, **private)
+    return demo.load(from_address, None, fields, queue=False, **private).then(draw_first, **drawing, **private)
+
+
+def build_settings() -> list:
+    """Fields of what seldom changes: seed, steps, guidance, scheduler, number of pictures."""
+    with gr.Accordion("More settings", open=False, elem_id="prompt-more"):
+        with gr.Row():
+            seed = gr.Number(FIRST["seed"], label="Seed", precision=0, minimum=0, elem_id="seed", min_width=120)
+            count = gr.Slider(1, MOST_PICTURES, FIRST["count"], step=1, label="Pictures", elem_id="count", min_width=160)
+        steps = gr.Slider(1, MOST_STEPS, FIRST["steps"], step=1, label="Steps", elem_id="steps")
+        guidance = gr.Slider(1, 10, FIRST["guidance"], step=0.5, label="Guidance: how closely to follow the prompt", elem_id="guidance")
+        scheduler = gr.Dropdown(list(SCHEDULERS), value=FIRST["scheduler"], label="Scheduler", elem_id="scheduler")
+    return [seed, steps, guidance, scheduler, count]
+
+
+def build_extras(fields: list) -> list:
+    """Below the pictures: the sheet of steps and seeds, and the link to the drawing. Returns what another drawing makes stale."""
+    with gr.Row():
+        sheet_button = gr.Button("Sheet: steps × seeds", size="sm", elem_id="sheet-button", min_width=120)
+        share_button = gr.Button("Copy a link to this", size="sm", elem_id="share", min_width=120)
+    link = gr.Textbox(label="Link to this drawing", visible=False, interactive=False, buttons=["copy"], elem_id="link")
+    sheet = show_one("What more steps buy", "sheet", visible=False, buttons=["download", "fullscreen"])
+    prompt, seed, _, guidance, scheduler, _ = fields
+    private = {"queue": False, "api_visibility": "private"}
+    sheet_button.click(lambda: gr.update(visible=True), None, sheet, **private).then(
         steps_sheet, [prompt, seed, guidance, scheduler], sheet, api_name="steps_sheet", **SHARED
     )
-    share_button.click(None, fields, link, js=SHARE, **private).then(lambda: gr.update(visible=True), None, link, queue=False, **private)
-    return demo.load(from_address, None, fields, queue=False, **private).then(draw, **drawing, **private)
+    share_button.click(None, fields, link, js=SHARE, api_visibility="private").then(lambda: gr.update(visible=True), None, link, **private)
+    return [sheet, link]

@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 
 import gradio as gr
-from page import intro, say, show_many, status
+from page import intro, say, show_many, status, terms
 from picker import buttons_for, chosen, picker_of, sheet_items
 from serving import EXAMPLES, LIVE, SHARED, available, enlarge, friendly, load_model, number, open_upload, sample_file, upload, whole
 
@@ -51,8 +51,9 @@ def repair(picture: str, damage: str = "Noise", level: float = 0.3, seed: int = 
     Args:
         picture: The picture; it becomes as small as the model's own (28×28 gray, or 64×64 for colours).
         damage: Noise, "Salt and pepper", Mask, Shrink or "Drop the colour".
-        level: How much: the noise's standard deviation, the share of pixels, or by how much it shrinks; the colour goes entirely.
-        seed: Of the noise or mask.
+        level: How much. Noise: its standard deviation, 0.05 to 0.6. "Salt and pepper", Mask: the share of pixels, 0.02 to 0.4 and
+            0.05 to 0.8. Shrink: by how much, 2 to 7. The colour goes entirely, whatever the level.
+        seed: Of the noise or mask, 0 to 99.
 
     Returns:
         Original, damaged and repaired picture, and how near the last two are to the original.
@@ -69,7 +70,7 @@ def repair(picture: str, damage: str = "Noise", level: float = 0.3, seed: int = 
     model, processor = load_model(name)
     original = open_upload(picture, 1024, gray=model.config.num_channels == 1)
     pixels = processor([original], return_tensors="pt").pixel_values
-    (darkest, lightest), generator = model.config.pixel_range, torch.Generator().manual_seed(whole(seed, 0, 2**31 - 1, "The seed"))
+    (darkest, lightest), generator = model.config.pixel_range, torch.Generator().manual_seed(whole(seed, 0, 99, "The seed"))
     damaged = corrupt(pixels, kind, round(level) if kind == "low_resolution" else level, darkest, lightest, generator)
     with torch.no_grad():
         repaired = model(damaged).reconstruction
@@ -84,8 +85,8 @@ def repair(picture: str, damage: str = "Noise", level: float = 0.3, seed: int = 
 
 
 def first():
-    """What the tab shows when the page opens."""
-    return repair(sample_file("clothes", *START), *FIRST)
+    """What the tab shows when the page opens, and the level's own limits: the API knows those of all kinds of damage."""
+    return *repair(sample_file("clothes", *START), *FIRST), level_for(FIRST[0])
 
 
 def samples_for(damage: str) -> list[tuple[str, str]]:
@@ -95,13 +96,17 @@ def samples_for(damage: str) -> list[tuple[str, str]]:
     return [(name.replace("-", " "), str(EXAMPLES / f"{name}.png")) for name in COLOURED]
 
 
+def level_for(damage: str):
+    """The level's slider."""
+    low, high, value, step = DAMAGES[damage][2]
+    return gr.update(minimum=low, maximum=high, value=value, step=step, visible=DAMAGES[damage][0] != "grayscale")
+
+
 def change_damage(damage, picture):
     """The level's slider, the samples and the picture for another kind of damage; a picture of one's own stays."""
-    low, high, value, step = DAMAGES[damage][2]
-    level = gr.update(minimum=low, maximum=high, value=value, step=step, visible=DAMAGES[damage][0] != "grayscale")
     fitting = samples_for(damage)
     foreign = {Path(file).name for kind in offered() for _, file in samples_for(kind)} - {Path(file).name for _, file in fitting}
-    return level, buttons_for(fitting, PICKER), fitting[0][1] if picture and Path(picture).name in foreign else gr.skip()
+    return level_for(damage), buttons_for(fitting, PICKER), fitting[0][1] if picture and Path(picture).name in foreign else gr.skip()
 
 
 def pick(damage, event: gr.EventData):
@@ -131,12 +136,13 @@ def build():
             )
             picker = picker_of(samples_for(FIRST[0]), PICKER, "repair-picker")
             damage = gr.Radio(offered(), value=FIRST[0], label="Damage", elem_id="damage")
-            low, high, value, step = DAMAGES[FIRST[0]][2]
-            level = gr.Slider(low, high, value, step=step, label="How much", elem_id="level")
+            limits = [DAMAGES[damage][2][:2] for damage in offered()]
+            level = gr.Slider(min(limits)[0], max(high for _, high in limits), FIRST[1], step=0.05, label="How much", elem_id="level")
             seed = gr.Slider(0, 99, 0, step=1, label="Seed of the damage", elem_id="damage-seed")
         with gr.Column(scale=7, min_width=300):
             shown = show_many("Original, damaged, repaired", "repaired", 3, elem_classes="pixels", buttons=["download", "fullscreen"])
             told = status("", "repair-status")
+            terms("PSNR")
 
     private = {"api_visibility": "private"}
     repairing = {"inputs": [picture, damage, level, seed], "outputs": [shown, told]}
@@ -145,4 +151,4 @@ def build():
     picking = picker.click(pick, damage, picture, queue=False, **private)
     for event in (changing, picking):
         event.then(repair, **repairing, **SHARED, **private)
-    return repairing["outputs"]
+    return [*repairing["outputs"], level]

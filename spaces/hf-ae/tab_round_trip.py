@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 
 import gradio as gr
-from page import intro, say, show_many, show_one, status, table
+from page import intro, say, show_many, show_one, status, table, terms
 from picker import chosen, picker_of
 from serving import EXAMPLES, LIVE, SHARED, enlarge, friendly, load_codec, number, open_upload, sample_file, served, upload
 
@@ -14,6 +14,8 @@ CODECS = {"Photo": ("photo-compressive", 768), "Emoji": ("emoji-compressive", 12
 """Title -> model, and the longest side that it takes here."""
 MOST_FILE = 2_000_000
 """Bytes of a compressed file that is opened."""
+MOST_SIDE = 4096
+"""Pixels of its picture's longer side."""
 FIRST = ("window.png", "Photo", 0.25)
 SHOWN = {
     "Photo": ("window", "caps", "boat"),
@@ -55,7 +57,8 @@ def round_trip(picture: str, model: str = "Photo", quality: float = 0.25):
     pixels, psnr = original.width * original.height, 10 * math.log10(255**2 / max(error, 1e-5))
     path = served(data, "picture.hfae")
     raw, size = pixels * len(original.getbands()), len(data)
-    told = f"{size:,} bytes instead of {raw:,}: 1/{raw / size:.0f}. {8 * size / pixels:.2f} bits a pixel, PSNR {psnr:.1f} dB."
+    share = f": 1/{raw / size:.0f}" if size < raw else ""
+    told = f"{size:,} bytes instead of {raw:,}{share}. {8 * size / pixels:.2f} bits a pixel, PSNR {psnr:.1f} dB."
     return (enlarge(original, 384), enlarge(back, 384)), say(told), path
 
 
@@ -76,7 +79,9 @@ def beside_others(picture: str, model: str = "Photo", quality: float = 0.25):
     codec, original = prepared(picture, model)
     result = VAERoundTripPipeline(codec)(original, quality=number(quality, 0, 1, "The quality"))
     found = {"Autoencoder": result.decoded, **result.others}
-    rows = [[name, f"{m.size:,}", f"{m.bpp:.3f}", f"{m.psnr:.2f}", f"{m.ssim:.3f}"] for name, m in found.items()]
+    rows = [
+        [name, f"{m.size:,}", f"{m.bpp:.3f}", f"{m.psnr:.2f}", "" if math.isnan(m.ssim) else f"{m.ssim:.3f}"] for name, m in found.items()
+    ]
     figures = table(["", "bytes", "bits a pixel", "PSNR, dB", "SSIM"], rows, "The same picture in four kinds of file", marked=0)
     pictures = [(enlarge(m.picture, 384), f"{name}, {m.size:,} bytes") for name, m in found.items()]
     return pictures, figures, result.panel
@@ -101,11 +106,15 @@ def open_file(file: str):
     if Path(file).stat().st_size > MOST_FILE:
         raise ValueError(f"This file is larger than {MOST_FILE // 1_000_000} MB, and so no file of this Space.")
     data, most = Path(file).read_bytes(), 4_000_000
-    wanted = unpack(data, most).fingerprint
+    header = unpack(data, most)
+    if max(header.width, header.height) > MOST_SIDE:  # a picture of one row costs as much as one of sixteen
+        raise ValueError(
+            f"This file holds a picture of {header.width:,}×{header.height:,} pixels, and at most {MOST_SIDE:,} a side are opened."
+        )
     for kind, (name, _) in CODECS.items():
         model = load_codec(name)
         with ready_for_coding(model):
-            fits = fingerprint(model) == wanted
+            fits = fingerprint(model) == header.fingerprint
         if fits:
             back = decompress(data, model, most)
             told = f"Opened: {len(data):,} bytes, {back.width}×{back.height} pixels, written with the model for “{kind}”."
@@ -149,14 +158,8 @@ def build():
             quality = gr.Slider(0, 1, FIRST[2], step=0.01, label="Quality", elem_id="quality")
             picker = picker_of(items(), "Examples", "trip-picker")
         with gr.Column(scale=7, min_width=300):
-            slider = gr.ImageSlider(
-                label="Before | after: drag the line",
-                format="png",
-                elem_id="trip-slider",
-                interactive=False,
-                max_height=440,
-                buttons=["fullscreen"],
-            )
+            shown = {"format": "png", "interactive": False, "max_height": 440, "buttons": ["fullscreen"]}
+            slider = gr.ImageSlider(label="Before | after: drag the line", elem_id="trip-slider", **shown)
             told = status("", "trip-status")
             with gr.Row():
                 file = gr.File(label="The compressed file", elem_id="trip-file", interactive=False, height=90)
@@ -166,18 +169,24 @@ def build():
         gallery = show_many("At the same size", "trip-others", 4)
         with gr.Accordion("Panel: original | latents | decoded", open=False):
             panel = show_one("Panel", "trip-panel", show_label=False)
+    terms("PSNR", "SSIM")
+    build_opening()
+
+    private = {"api_visibility": "private"}
+    trip = {"inputs": [picture, kind, quality], "outputs": [slider, told, file]}
+    gr.on([quality.input, kind.input, picture.upload], round_trip, **trip, **LIVE, api_name="round_trip")
+    gr.on([quality.change, kind.change, picture.change], lambda: gr.update(visible=False), None, others, queue=False, **private)
+    picker.click(pick, None, [picture, kind], queue=False, **private).then(round_trip, **trip, **SHARED, **private)
+    opening = compare.click(lambda: gr.update(visible=True), None, others, queue=False, **private)
+    opening.then(beside_others, [picture, kind, quality], [gallery, figures, panel], api_name="beside_others", **SHARED)
+    return trip["outputs"]
+
+
+def build_opening():
+    """Where a compressed file is dropped."""
     with gr.Accordion("Open a compressed file", open=False, elem_id="open-accordion"), gr.Row(equal_height=False):
         dropped = gr.File(label="Drop an .hfae file", elem_id="dropped", height=160)
         with gr.Column():
             opened = show_one("The picture in it", "opened", height=240)
             said = status("", "open-status")
-
-    private = {"api_visibility": "private"}
-    trip = {"inputs": [picture, kind, quality], "outputs": [slider, told, file]}
-    quality.release(round_trip, **trip, api_name="round_trip", **SHARED)
-    gr.on([quality.input, kind.input, picture.upload], round_trip, **trip, **LIVE, **private)
-    picker.click(pick, None, [picture, kind], queue=False, **private).then(round_trip, **trip, **SHARED, **private)
-    shown = compare.click(lambda: gr.update(visible=True), None, others, queue=False, **private)
-    shown.then(beside_others, [picture, kind, quality], [gallery, figures, panel], api_name="beside_others", **SHARED)
     dropped.upload(open_file, dropped, [opened, said], api_name="open_file", **SHARED)
-    return trip["outputs"]
