@@ -109,8 +109,11 @@ _loaded: dict[tuple[str, str], object] = {}
 def load_once(kind: str, name: str, load):
     """What `load()` gives, the first time; the same object ever after."""
     if (kind, name) not in _loaded:
+        import torch
+
         with LOADING:
             if (kind, name) not in _loaded:
+                torch.set_num_threads(1)  # for each worker: beside each other's pools, libgomp makes small steps wait
                 _loaded[kind, name] = load()
     return _loaded[kind, name]
 
@@ -119,20 +122,12 @@ def is_loaded(kind: str, name: str) -> bool:
     return (kind, name) in _loaded
 
 
-def two_threads():
-    """Torch's threads: as many as the small machines have that this runs on."""
-    import torch
-
-    torch.set_num_threads(min(2, os.cpu_count() or 1))
-
-
 def load_model(name: str):
     """(model, image processor) of a shipped autoencoder."""
 
     def load():
         from hf_ae.evaluate import load_model as load_it
 
-        two_threads()
         return load_it(place(name))
 
     return load_once("model", name, load)
@@ -144,7 +139,6 @@ def load_codec(name: str):
     def load():
         from hf_ae.codec import load_codec_model
 
-        two_threads()
         return load_codec_model.__wrapped__(place(name))
 
     return load_once("codec", name, load)
@@ -158,7 +152,6 @@ def load_pipeline(name: str = "emoji-text-to-image"):
 
         from hf_ae.generate import load_pipeline as load_it
 
-        two_threads()
         pipe = load_it(place(name))
         pipe.set_progress_bar_config(disable=True)
         return pipe.to("cuda") if torch.cuda.is_available() else pipe

@@ -175,7 +175,7 @@ def build():
     private = {"api_visibility": "private"}
     trip = {"inputs": [picture, kind, quality], "outputs": [slider, told, file]}
     gr.on([quality.input, kind.input, picture.upload], round_trip, **trip, **LIVE, api_name="round_trip")
-    gr.on([quality.change, kind.change, picture.change], lambda: gr.update(visible=False), None, others, queue=False, **private)
+    gr.on([quality.release, kind.change, picture.change], lambda: gr.update(visible=False), None, others, queue=False, **private)
     picker.click(pick, None, [picture, kind], queue=False, **private).then(round_trip, **trip, **SHARED, **private)
     opening = compare.click(lambda: gr.update(visible=True), None, others, queue=False, **private)
     opening.then(beside_others, [picture, kind, quality], [gallery, figures, panel], api_name="beside_others", **SHARED)
