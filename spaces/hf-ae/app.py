@@ -36,6 +36,8 @@ HEAD = (
     '<meta name="description" content="Draw, compress, explore, repair: autoencoders as Hugging Face models.">'
     '<meta name="color-scheme" content="light dark">'
 )
+SESSIONS = 100
+"""Visitors whose fields Gradio keeps, the latest ones, at 0.3 MB each (it would keep 10,000)."""
 ON_ZERO_GPU = bool(os.environ.get("SPACES_ZERO_GPU"))
 KEEP_FILES, SWEEP = 3600, 600
 """Seconds that uploads and results stay on the disk, and between two looks for older ones."""
@@ -90,7 +92,7 @@ def main():
     demo.queue(max_size=100)
     demo.launch(
         theme=theme(), css_paths=HERE / "style.css", head=HEAD, mcp_server=True, max_file_size="30mb", max_threads=8, ssr_mode=False,
-        footer_links=["api", "gradio", "settings"], prevent_thread_lock=True,
+        footer_links=["api", "gradio", "settings"], prevent_thread_lock=True, state_session_capacity=SESSIONS,
     )  # fmt: skip
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that what stands at the exit is done
     threading.Thread(target=keep_tidy, args=(demo,), daemon=True).start()
