@@ -140,6 +140,7 @@ def test_a_prompt_shows_previews_and_then_its_picture(page):
 
 def test_settings_take_effect(page):
     page.get_by_role("button", name="More settings").click()
+    page.wait_for_timeout(500)  # fields that open for the first time take their values a moment later
     set_number(page, "count", 3)
     set_number(page, "steps", 4)
     page.locator("#scheduler input").click()
