@@ -344,7 +344,7 @@ def test_random_codes_change_with_the_dice(page):
 
 def test_a_class_is_drawn_with_the_learned_prior(page):
     tab(page, "A learned prior")
-    assert page.locator("#class-pictures img").count() == 4
+    assert page.locator("#class-pictures img").count() == 3
     changes(page, "class-pictures", lambda: page.locator("#class").get_by_label("trousers").click())
     changes(page, "class-pictures", lambda: set_number(page, "class-seed", 7))
 

@@ -6,7 +6,7 @@ import gradio as gr
 from page import show_many
 from serving import LIVE, SHEETS, enlarge, friendly, load_model, number, whole
 
-MODEL, COUNT = "fashion-vqvae2", 4
+MODEL, COUNT = "fashion-vqvae2", 3
 FIRST = "ankle boot"
 
 
@@ -20,7 +20,7 @@ def draw_class(kind: str = FIRST, seed: int = 0, guidance: float = 2.5):
         guidance: How much the class counts, 1 to 5: above 1 more typical, and less varied.
 
     Returns:
-        Four new pictures.
+        Three new pictures.
     """
     if kind not in SHEETS["clothes"]:
         raise ValueError(f"This class is not known: use one of {', '.join(SHEETS['clothes'])}.")
@@ -37,7 +37,7 @@ def build():
             seed = gr.Slider(0, 99, 0, step=1, label="Seed", elem_id="class-seed")
             guidance = gr.Slider(1, 5, 2.5, step=0.1, label="Guidance", info="How much the class counts", elem_id="class-guidance")
         with gr.Column(scale=7, min_width=300):
-            shown = show_many("New pictures", "class-pictures", 4, elem_classes="pixels", buttons=["download", "fullscreen"])
+            shown = show_many("New pictures", "class-pictures", 3, elem_classes="pixels", buttons=["download", "fullscreen"])
     gr.HTML(
         "<p>Random codes of a good compressor mean nothing. So a transformer learned which code follows which, as a language model learns "
         "words; it writes the 65 indices of a picture, the 16 coarse ones first.</p>"

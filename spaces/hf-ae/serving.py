@@ -109,11 +109,8 @@ _loaded: dict[tuple[str, str], object] = {}
 def load_once(kind: str, name: str, load):
     """What `load()` gives, the first time; the same object ever after."""
     if (kind, name) not in _loaded:
-        import torch
-
         with LOADING:
             if (kind, name) not in _loaded:
-                torch.set_num_threads(1)  # for each worker: beside each other's pools, libgomp makes small steps wait
                 _loaded[kind, name] = load()
     return _loaded[kind, name]
 
@@ -162,13 +159,21 @@ def load_pipeline(name: str = "emoji-text-to-image"):
 # Errors and inputs
 
 
-def friendly(action):
+def use_threads(count: int):
+    """Torch's threads in this worker. One is fastest for small steps: where there are more threads than cores, libgomp makes them wait."""
+    import torch
+
+    torch.set_num_threads(min(count, os.cpu_count() or 1))
+
+
+def friendly(action, threads: int = 1):
     """An action that hands over pictures as files, and whose every error is one line for whoever asked; what nobody foresaw is logged."""
     if inspect.isgeneratorfunction(action):
 
         @functools.wraps(action)
         def run(*args, **options):
             try:
+                use_threads(threads)
                 for output in action(*args, **options):
                     yield each(output, as_file)
             except Exception as error:
@@ -178,6 +183,7 @@ def friendly(action):
         @functools.wraps(action)
         def run(*args, **options):
             try:
+                use_threads(threads)
                 return each(action(*args, **options), as_file)
             except Exception as error:
                 raise readable(error) from None

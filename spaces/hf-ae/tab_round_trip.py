@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from pathlib import Path
 
@@ -34,7 +35,7 @@ def prepared(picture, kind):
     return model, open_upload(picture, most_side, gray=model.config.num_channels == 1)
 
 
-@friendly
+@functools.partial(friendly, threads=2)  # large pictures
 def round_trip(picture: str, model: str = "Photo", quality: float = 0.25):
     """Compress a picture into a small file with an autoencoder, and open that file again.
 
