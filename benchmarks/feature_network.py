@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 from hf_ae import AutoencoderConfig, AutoencoderImageProcessor
-from hf_ae.data import ImagesInMemory, image_column, open_dataset, to_pixel_values
-from hf_ae.feature_network import WEIGHTS, FeatureNetwork
+from hf_ae.data.images import ImagesInMemory, image_column, open_dataset, to_pixel_values
+from hf_ae.evaluation.feature_network import WEIGHTS, FeatureNetwork
 
 DATASETS = {"zalando-datasets/fashion_mnist": (0, 60_000), "ylecun/mnist": (10, 20_000)}
 """Name -> (first class, training pictures)."""

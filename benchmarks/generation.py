@@ -44,7 +44,7 @@ THEIRS = {"VAE": ("prior", "mixture"), "VAE-GAN": ("prior",), "VQ-VAE": ("pixelc
 def load_images(split: str, limit: int) -> torch.Tensor:
     """uint8 (images, 1, 28, 28)."""
     from hf_ae import AutoencoderConfig, AutoencoderImageProcessor
-    from hf_ae.data import ImagesInMemory, image_column, open_dataset
+    from hf_ae.data.images import ImagesInMemory, image_column, open_dataset
 
     dataset = open_dataset(DATASET)[split]
     processor = AutoencoderImageProcessor.from_config(AutoencoderConfig())
@@ -56,9 +56,9 @@ def load_images(split: str, limit: int) -> torch.Tensor:
 
 def ours(kind: str, args, train_pixels, test, network, seed: int = 0) -> dict[str, dict]:
     """Rows of the table for one of our models."""
-    from hf_ae.evaluate import load_model, reconstruct
-    from hf_ae.generation import drawer_of, measure_generation
-    from hf_ae.sampling import encode_all, fit
+    from hf_ae.evaluation.evaluate import load_model, reconstruct
+    from hf_ae.evaluation.generation import drawer_of, measure_generation
+    from hf_ae.latents.sampling import encode_all, fit
     from hf_ae.train import ImageTrainingArguments, train
     from hf_ae.train_prior import PriorArguments
     from hf_ae.train_prior import train as train_prior
@@ -207,7 +207,7 @@ def rebuild(model, x, kind: str):
 
 def theirs(kind: str, args, train_pixels, test, network, seed: int = 0) -> dict[str, dict]:
     """Rows of the table for one of pythae's models."""
-    from hf_ae.generation import Drawer, measure_generation
+    from hf_ae.evaluation.generation import Drawer, measure_generation
 
     with tempfile.TemporaryDirectory() as name:
         folder, rows = Path(name), {}
@@ -249,7 +249,7 @@ def main():
     args = parser.parse_args()
     if args.run:
         return run_pythae(args.run, Path(args.folder), args.epochs, args.samples, args.seed)
-    from hf_ae.feature_network import load_feature_network
+    from hf_ae.evaluation.feature_network import load_feature_network
 
     network = load_feature_network()
     train_pixels, test = load_images("train", args.images), load_images("test", args.samples).float() / 255

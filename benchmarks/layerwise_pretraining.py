@@ -15,7 +15,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from hf_ae.evaluate import evaluate
+from hf_ae.evaluation.evaluate import evaluate
 
 
 def error(folder: str, epochs: int, layer_epochs: int, optimizer: str, rate: float) -> float:

@@ -24,10 +24,10 @@ from PIL import Image
 from scipy.interpolate import PchipInterpolator
 from torchmetrics.functional.image import multiscale_structural_similarity_index_measure as ms_ssim
 
-from hf_ae.bitstream import unpack
-from hf_ae.codec import ENCODER_ONLY, compress, decompress, load_codec_model
-from hf_ae.data import image_column, open_dataset, pick_split
-from hf_ae.image_processing import to_mode
+from hf_ae.codec.container import unpack
+from hf_ae.codec.compression import ENCODER_ONLY, compress, decompress, load_codec_model
+from hf_ae.data.images import image_column, open_dataset, pick_split
+from hf_ae.models.image_processing import to_mode
 from hf_ae.pipelines.vae_roundtrip import VAERoundTripPipeline, encode_as
 
 CARDS = Path(__file__).resolve().parent.parent / "model_cards"

@@ -20,12 +20,12 @@ import datasets
 import torch
 from torch.nn import functional as F
 
-from hf_ae.captions import Captions, tokenize
-from hf_ae.data import open_dataset
-from hf_ae.generate import load_pipeline
-from hf_ae.image_processing import to_mode
+from hf_ae.diffusion.captions import Captions, tokenize
+from hf_ae.data.images import open_dataset
+from hf_ae.diffusion.drawing import load_pipeline
+from hf_ae.models.image_processing import to_mode
 from hf_ae.plots import image_grid
-from hf_ae.text_alignment import align_text_encoder, make_prior, text_encoder_from_scratch, text_vectors
+from hf_ae.diffusion.text_encoders import align_text_encoder, make_prior, text_encoder_from_scratch, text_vectors
 
 BATCH = 25
 

@@ -5,7 +5,7 @@ Importing it registers each configuration, model and image processor with transf
 
 from transformers import AutoConfig, AutoImageProcessor, AutoModel
 
-from .configuration import (
+from .models.configuration import (
     AutoencoderConfig,
     BetaVAEConfig,
     CompressiveAutoencoderConfig,
@@ -14,15 +14,15 @@ from .configuration import (
     SparseAutoencoderConfig,
     VAEConfig,
 )
-from .configuration_discrete import VQVAE2Config, VQVAEConfig
-from .configuration_vaegan import DiscriminatorConfig, VAEGANConfig
-from .image_processing import AutoencoderImageProcessor
-from .modeling_autoencoder import AutoencoderModel
-from .modeling_compressive import CompressiveAutoencoderModel
-from .modeling_regularized import ContractiveAutoencoderModel, DenoisingAutoencoderModel, SparseAutoencoderModel
-from .modeling_vae import BetaVAEModel, VAEModel
-from .modeling_vaegan import DiscriminatorModel, VAEGANModel
-from .modeling_vqvae import VQVAE2Model, VQVAEModel
+from .models.configuration_vqvae import VQVAE2Config, VQVAEConfig
+from .models.configuration_vaegan import DiscriminatorConfig, VAEGANConfig
+from .models.image_processing import AutoencoderImageProcessor
+from .models.modeling_autoencoder import AutoencoderModel
+from .models.modeling_compressive import CompressiveAutoencoderModel
+from .models.modeling_regularized import ContractiveAutoencoderModel, DenoisingAutoencoderModel, SparseAutoencoderModel
+from .models.modeling_vae import BetaVAEModel, VAEModel
+from .models.modeling_vaegan import DiscriminatorModel, VAEGANModel
+from .models.modeling_vqvae import VQVAE2Model, VQVAEModel
 
 __version__ = "0.1.0"
 

@@ -18,7 +18,7 @@ def run(output: Path, seconds: int):
         raise ValueError("hf-ae demo runs in a checkout of the project, which carries the sample it needs.")
     import torch
 
-    from .evaluate import evaluate, load_model
+    from .evaluation.evaluate import evaluate, load_model
 
     output.mkdir(parents=True, exist_ok=True)
     print("1. Pictures from prompts, by emoji-text-to-image")
@@ -64,7 +64,7 @@ PROMPTS = ["a slice of pizza", "red heart", "rocket", "birthday cake", "cat face
 
 def draw_prompts(path: Path):
     """One picture for each prompt, by the shipped text-to-image pipeline."""
-    from .generate import DEFAULT, load_pipeline
+    from .diffusion.drawing import DEFAULT, load_pipeline
     from .plots import image_grid
 
     if not (DEFAULT / "model_index.json").is_file():
@@ -79,8 +79,8 @@ def draw_prompts(path: Path):
 
 def compress(path: Path):
     """A bundled emoji beside what comes back from its compressed file, and the same as JPEG, WebP and AVIF."""
-    from .data import image_column, open_dataset
-    from .image_processing import to_mode
+    from .data.images import image_column, open_dataset
+    from .models.image_processing import to_mode
     from .pipelines.vae_roundtrip import VAERoundTripPipeline
 
     folder = CHECKOUT / "model_cards" / "emoji-compressive"
@@ -97,8 +97,8 @@ def compress(path: Path):
 
 def round_trip(path: Path):
     """One row for each shipped Fashion-MNIST model, of the same held-out images."""
-    from .data import ImagesInMemory, image_column, open_dataset, pick_split
-    from .evaluate import load_model, reconstruct
+    from .data.images import ImagesInMemory, image_column, open_dataset, pick_split
+    from .evaluation.evaluate import load_model, reconstruct
     from .metrics import reconstruction_metrics
     from .plots import labelled_rows
 

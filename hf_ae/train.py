@@ -15,7 +15,7 @@ from accelerate.utils import set_seed
 from tqdm.auto import tqdm
 
 import hf_ae
-from hf_ae.arguments import (
+from hf_ae.training.arguments import (
     TrainingArguments,
     check_output_dir,
     find_checkpoint,
@@ -25,9 +25,9 @@ from hf_ae.arguments import (
     parse_overrides,
     write_recipe,
 )
-from hf_ae.cards import write_card
-from hf_ae.collapse import Watch, generative_collapse
-from hf_ae.data import (
+from hf_ae.hub.cards import write_card
+from hf_ae.training.collapse import Watch, generative_collapse
+from hf_ae.data.images import (
     ImagesInMemory,
     ImageStream,
     RandomCrops,
@@ -39,11 +39,11 @@ from hf_ae.data import (
     pick_split,
     to_pixel_values,
 )
-from hf_ae.evaluate import load_model
-from hf_ae.hub import check_login, push_folder
+from hf_ae.evaluation.evaluate import load_model
+from hf_ae.hub.push import check_login, push_folder
 from hf_ae.plots import labelled_rows
-from hf_ae.pretraining import pretrain_layerwise
-from hf_ae.training import Run, averaged, begin, clear_output, end, make_accelerator, optimize, save_model, show_samples
+from hf_ae.training.layerwise import pretrain_layerwise
+from hf_ae.training.run import Run, averaged, begin, clear_output, end, make_accelerator, optimize, save_model, show_samples
 
 
 @dataclass

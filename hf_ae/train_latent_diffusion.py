@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer
 from transformers.utils import logging
 
 import hf_ae
-from hf_ae.arguments import (
+from hf_ae.training.arguments import (
     TrainingArguments,
     check_output_dir,
     find_checkpoint,
@@ -28,16 +28,16 @@ from hf_ae.arguments import (
     parse_overrides,
     write_recipe,
 )
-from hf_ae.captions import Captions, all_text_states, cached_latents, picture_processor, text_states, tokenize
-from hf_ae.cards import write_card
-from hf_ae.data import image_column, num_batches, open_dataset, pick_split
-from hf_ae.generate import load_pipeline
-from hf_ae.hub import check_login, push_folder
-from hf_ae.latent_diffusion import LatentDiffusion, make_unet
-from hf_ae.pipeline_folder import save_pipeline
+from hf_ae.diffusion.captions import Captions, all_text_states, cached_latents, picture_processor, text_states, tokenize
+from hf_ae.hub.cards import write_card
+from hf_ae.data.images import image_column, num_batches, open_dataset, pick_split
+from hf_ae.diffusion.drawing import load_pipeline
+from hf_ae.hub.push import check_login, push_folder
+from hf_ae.diffusion.denoiser import LatentDiffusion, make_unet
+from hf_ae.hub.pipeline_folder import save_pipeline
 from hf_ae.plots import image_grid
-from hf_ae.text_alignment import align_text_encoder, make_prior, round_matrices, text_encoder_from_scratch
-from hf_ae.training import Run, averaged, begin, clear_output, end, make_accelerator, optimize, show_samples
+from hf_ae.diffusion.text_encoders import align_text_encoder, make_prior, round_matrices, text_encoder_from_scratch
+from hf_ae.training.run import Run, averaged, begin, clear_output, end, make_accelerator, optimize, show_samples
 
 
 @dataclass

@@ -16,7 +16,7 @@ import torch
 from accelerate.utils import set_seed
 from tqdm.auto import tqdm
 
-from hf_ae.arguments import (
+from hf_ae.training.arguments import (
     TrainingArguments,
     check_output_dir,
     find_checkpoint,
@@ -26,8 +26,8 @@ from hf_ae.arguments import (
     parse_overrides,
     write_recipe,
 )
-from hf_ae.cards import write_card
-from hf_ae.data import (
+from hf_ae.hub.cards import write_card
+from hf_ae.data.images import (
     ImagesInMemory,
     batch_for,
     held_out_name,
@@ -38,12 +38,12 @@ from hf_ae.data import (
     row_batches,
     to_pixel_values,
 )
-from hf_ae.evaluate import load_model
-from hf_ae.hub import check_login, push_folder
-from hf_ae.modeling_code_prior import CodePrior
-from hf_ae.modeling_vqvae import VQVAEModel
+from hf_ae.evaluation.evaluate import load_model
+from hf_ae.hub.push import check_login, push_folder
+from hf_ae.models.modeling_code_prior import CodePrior
+from hf_ae.models.modeling_vqvae import VQVAEModel
 from hf_ae.plots import image_grid
-from hf_ae.training import Run, averaged, begin, clear_output, end, make_accelerator, optimize, save_model, show_samples
+from hf_ae.training.run import Run, averaged, begin, clear_output, end, make_accelerator, optimize, save_model, show_samples
 
 PRIOR_FIELDS = ("prior_layers", "prior_hidden_size", "prior_heads")
 

@@ -60,7 +60,7 @@ class VAERoundTripPipeline(DiffusionPipeline):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, subfolder: str = "", **_):
         """The pipeline for an autoencoder: its folder or Hub id, or `subfolder="vae"` of those of a pipeline."""
-        from hf_ae.codec import load_codec_model
+        from hf_ae.codec.compression import load_codec_model
 
         return cls(load_codec_model(str(pretrained_model_name_or_path), subfolder))
 
@@ -71,8 +71,8 @@ class VAERoundTripPipeline(DiffusionPipeline):
         quality, palette: as `hf_ae.codec.compress` takes them. others: the formats of FORMATS to put beside it. Raises
         ValueError where the codec does.
         """
-        from hf_ae.codec import compress, decompress
-        from hf_ae.image_processing import open_image
+        from hf_ae.codec.compression import compress, decompress
+        from hf_ae.models.image_processing import open_image
 
         unknown = sorted(set(others) - set(FORMATS))
         if unknown:
@@ -89,8 +89,8 @@ class VAERoundTripPipeline(DiffusionPipeline):
 
     def codes(self, picture: Image.Image) -> torch.Tensor:
         """The latents of a picture: (channels, height, width); a vector is (values, 1, 1)."""
-        from hf_ae.codec import num_channels, ready
-        from hf_ae.codec_methods import encode_latents
+        from hf_ae.codec.compression import num_channels, ready
+        from hf_ae.codec.methods import encode_latents
 
         picture = picture.convert("L" if num_channels(self.vae) == 1 else "RGB")
         pixels = torch.from_numpy(np.array(picture)).view(1, picture.height, picture.width, -1).permute(0, 3, 1, 2)

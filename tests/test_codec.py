@@ -17,9 +17,11 @@ from test_compressive import shaken
 from variants import make
 
 import hf_ae
-from hf_ae import bitstream, codec, codec_methods
-from hf_ae.bitstream import File, SymbolDecoder, SymbolEncoder, SymbolTables, pack, unpack
-from hf_ae.cli import main
+from hf_ae.codec import compression as codec
+from hf_ae.codec import container as bitstream
+from hf_ae.codec import methods as codec_methods
+from hf_ae.codec.container import File, SymbolDecoder, SymbolEncoder, SymbolTables, pack, unpack
+from hf_ae_cli import main
 from hf_ae.codec import CorruptFileError, compress, decompress
 from hf_ae.pipelines.vae_roundtrip import VAERoundTripPipeline, encode_as
 
@@ -300,7 +302,7 @@ def test_same_picture_with_one_and_two_threads_in_another_process(tmp_path):
 import sys, torch, zlib
 from pathlib import Path
 torch.set_num_threads(int(sys.argv[2]))
-from hf_ae.codec import decompress
+from hf_ae.codec.compression import decompress
 print([zlib.crc32(decompress((Path(sys.argv[1]) / f"{n}.hfae").read_bytes()).tobytes()) for n in range(4)])
 """
     for count in ("1", "2"):

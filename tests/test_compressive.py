@@ -9,7 +9,7 @@ from torch.distributions import Normal
 from variants import make, pixels
 
 import hf_ae
-from hf_ae.entropy_models import (
+from hf_ae.models.entropy_models import (
     ERROR_WEIGHT,
     FRACTION_BITS,
     HYPER_LIMIT,
@@ -26,7 +26,7 @@ from hf_ae.entropy_models import (
     round_straight_through,
     table_reach,
 )
-from hf_ae.modeling_compressive import ms_ssim
+from hf_ae.models.modeling_compressive import ms_ssim
 
 
 def shaken(name="compressive", amount=0.05):
@@ -168,7 +168,7 @@ def test_symbols_are_rounded_where_rates_allow():
 
 def test_uniform_noise_counts_about_the_bits_of_rounding(monkeypatch):
     model = shaken()
-    monkeypatch.setattr("hf_ae.entropy_models.ERROR_WEIGHT", 1e9)
+    monkeypatch.setattr("hf_ae.models.entropy_models.ERROR_WEIGHT", 1e9)
     x = torch.nn.functional.interpolate(torch.rand(4, 1, 8, 8), (64, 64), mode="bicubic").clamp(0, 1)
     rounded = model.encode(x, quality=1.0).bits.mean()
     noisy = torch.stack([model.train().encode(x, quality=1.0).bits.mean() for _ in range(4)]).mean()
@@ -248,8 +248,8 @@ def test_distortion_with_ms_ssim_is_computed_in_float32_under_autocast():
 
 
 def test_muon_leaves_quality_tables_to_adamw():
-    from hf_ae.arguments import TrainingArguments
-    from hf_ae.training import make_optimizers
+    from hf_ae.training.arguments import TrainingArguments
+    from hf_ae.training.run import make_optimizers
 
     model = make("compressive")
     muon, adamw = make_optimizers(model, TrainingArguments(optimizer="muon"))
@@ -259,7 +259,7 @@ def test_muon_leaves_quality_tables_to_adamw():
 
 
 def test_random_crops_are_windows_of_their_images_and_the_same_for_a_seed():
-    from hf_ae.data import RandomCrops
+    from hf_ae.data.images import RandomCrops
 
     images = [torch.arange(h * w).view(1, h, w).to(torch.uint8) for h, w in ((9, 12), (12, 9), (8, 8))]
     crops = RandomCrops(images, (8, 8))
@@ -271,7 +271,7 @@ def test_random_crops_are_windows_of_their_images_and_the_same_for_a_seed():
 
 
 def test_training_on_crops_runs_resumes_and_saves_a_codec(train_args, tmp_path):
-    from hf_ae.codec import compress, decompress
+    from hf_ae.codec.compression import compress, decompress
     from hf_ae.train import train
 
     overrides = "image_size=16,num_channels=1,hidden_sizes=[8,8],patch_size=2,num_res_blocks=1,latent_channels=12,hyper_channels=[8,4]"

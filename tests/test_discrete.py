@@ -17,8 +17,8 @@ from variants import VARIANTS, make, pixels
 
 import hf_ae
 from hf_ae.codec import CorruptFileError, compress, decompress, unpack
-from hf_ae.collapse import Watch, collapse_warnings
-from hf_ae.quantizers import k_means, make_quantizer, usage_and_perplexity
+from hf_ae.training.collapse import Watch, collapse_warnings
+from hf_ae.models.quantizers import k_means, make_quantizer, usage_and_perplexity
 from hf_ae.train import train
 from hf_ae.train_prior import PriorArguments
 from hf_ae.train_prior import train as train_prior
@@ -189,7 +189,7 @@ def test_indices_lead_back_to_the_latents_exactly(name):
 
 @DISCRETE
 def test_codebooks_stay_float32_whatever_the_model_is_cast_to(name, tmp_path):
-    from hf_ae.training import save_model
+    from hf_ae.training.run import save_model
 
     model = make(name)
     model(pixels(model)).loss.backward()
@@ -417,7 +417,7 @@ def test_prior_trains_resumes_bitwise_and_learns_the_classes(train_args, tmp_pat
     assert {"recipe.yaml", "recipe-prior.yaml", "samples.png", "modeling_code_prior.py", "README.md"} <= files
     card = (tmp_path / "whole" / "README.md").read_text()
     assert "model.generate" in card and "hf_ae.train_prior" in card
-    from hf_ae.hub import check_folder
+    from hf_ae.hub.push import check_folder
 
     check_folder(tmp_path / "whole")
     model = AutoModel.from_pretrained(tmp_path / "whole")
@@ -462,7 +462,7 @@ def test_files_of_indices_come_back_exactly(name):
         data = compress(model, image, model_id="")
         assert unpack(data).method == "indices"
         with torch.no_grad():
-            from hf_ae.codec_methods import pad_to, stride_of, to_pixels, to_values
+            from hf_ae.codec.methods import pad_to, stride_of, to_pixels, to_values
 
             padded = pad_to(torch.from_numpy(np.array(image)).view(1, size[1], size[0], -1).permute(0, 3, 1, 2), max(1, stride_of(model)))
             expected = to_pixels(model, model(to_values(model, padded)).reconstruction)[0, 0, : size[1], : size[0]]

@@ -13,10 +13,10 @@ from conftest import SAMPLE
 from huggingface_hub import ModelCard
 from PIL import Image
 
-from hf_ae.cards import write_card
-from hf_ae.cli import main
-from hf_ae.evaluate import evaluate
-from hf_ae.hub import check_folder
+from hf_ae.hub.cards import write_card
+from hf_ae_cli import main
+from hf_ae.evaluation.evaluate import evaluate
+from hf_ae.hub.push import check_folder
 from hf_ae.train import train
 
 
@@ -74,7 +74,7 @@ def test_evaluate_writes_metrics_pictures_and_a_card_that_agree(trained, capsys)
 def test_reported_error_is_that_of_the_model_on_those_images(trained):
     import datasets
 
-    from hf_ae.evaluate import load_model
+    from hf_ae.evaluation.evaluate import load_model
 
     metrics = evaluate(trained / "clean", str(SAMPLE), tasks="reconstruction", max_images=30, save=False)
     model, processor = load_model(trained / "clean")

@@ -12,13 +12,14 @@ from safetensors.torch import load_file
 from variants import make
 
 import hf_ae
-from hf_ae import feature_network, sampling
-from hf_ae.cli import main
-from hf_ae.collapse import discriminator_wins, generative_collapse, posterior_collapse
-from hf_ae.evaluate import evaluate
-from hf_ae.generation import drawer_of, drawer_of_pipeline, measure_generation
-from hf_ae.generation_metrics import accuracy, distances, frechet, kernel, neighbourhoods, train_classifier
-from hf_ae.hub import check_folder
+from hf_ae import sampling
+from hf_ae.evaluation import feature_network
+from hf_ae_cli import main
+from hf_ae.training.collapse import discriminator_wins, generative_collapse, posterior_collapse
+from hf_ae.evaluation.evaluate import evaluate
+from hf_ae.evaluation.generation import drawer_of, drawer_of_pipeline, measure_generation
+from hf_ae.evaluation.fidelity import accuracy, distances, frechet, kernel, neighbourhoods, train_classifier
+from hf_ae.hub.push import check_folder
 from hf_ae.train import ImageTrainingArguments, train
 
 

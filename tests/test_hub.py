@@ -125,8 +125,8 @@ def client_push_folder(folder, repo_id, private_id, dry_id):
     from huggingface_hub import model_info
 
     import hf_ae
-    from hf_ae.cards import write_card
-    from hf_ae.hub import push_folder
+    from hf_ae.hub.cards import write_card
+    from hf_ae.hub.push import push_folder
 
     model = hf_ae.VAEModel(hf_ae.VAEConfig(hidden_sizes=[8], latent_dim=2))
     model.save_pretrained(folder)
@@ -146,7 +146,7 @@ def client_push_space(folder, repo_id):
     """Push a Space dry, and twice for real."""
     from huggingface_hub import space_info
 
-    from hf_ae.hub import push_folder
+    from hf_ae.hub.push import push_folder
 
     push_folder(folder, "me/dry", dry_run=True)
     addresses, heads = set(), []

@@ -9,7 +9,7 @@ from conftest import SAMPLE
 from PIL import Image
 
 import hf_ae
-from hf_ae.data import (
+from hf_ae.data.images import (
     ImagesInMemory,
     ImageStream,
     binarized_once,

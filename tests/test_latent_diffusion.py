@@ -16,11 +16,11 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 
 import hf_ae
-from hf_ae.arguments import parse_overrides
-from hf_ae.captions import Captions, cached_latents, text_states, tokenize
-from hf_ae.latent_diffusion import LatentDiffusion, make_unet
+from hf_ae.training.arguments import parse_overrides
+from hf_ae.diffusion.captions import Captions, cached_latents, text_states, tokenize
+from hf_ae.diffusion.denoiser import LatentDiffusion, make_unet
 from hf_ae.pipelines import TextToImagePipeline
-from hf_ae.text_alignment import align_text_encoder, mean_states, text_encoder_from_scratch
+from hf_ae.diffusion.text_encoders import align_text_encoder, mean_states, text_encoder_from_scratch
 from hf_ae.train_latent_diffusion import LatentDiffusionArguments, main, picture_processor, train
 
 EMOJI = Path(__file__).parent / "data" / "noto_emoji_sample"
@@ -219,7 +219,7 @@ def test_the_first_column_keeps_the_pictures_and_drops_other_texts():
 
 
 def test_the_latent_cache_goes_on_where_it_was_cut_off(vae, tmp_path, monkeypatch):
-    monkeypatch.setattr("hf_ae.captions.SHARD", 10)
+    monkeypatch.setattr("hf_ae.diffusion.captions.SHARD", 10)
     dataset = datasets.load_dataset(str(EMOJI))["train"]
     model = hf_ae.VAEModel.from_pretrained(vae).eval()
     arguments = (model, dataset, "image", picture_processor(model, None), tmp_path, Accelerator(cpu=True))

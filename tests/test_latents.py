@@ -7,7 +7,7 @@ import torch
 import variants
 
 from hf_ae import AutoencoderConfig, AutoencoderModel
-from hf_ae.latents import arithmetic, decode, interpolate, manifold_grid, random_codes, traversal
+from hf_ae.latents.walks import arithmetic, decode, interpolate, manifold_grid, random_codes, traversal
 
 
 def codes(n=1, shape=(5,), seed=0):

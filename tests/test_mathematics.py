@@ -8,8 +8,8 @@ from torch.distributions import Bernoulli, MultivariateNormal, Normal, kl_diverg
 from variants import make, pixels
 
 import hf_ae
-from hf_ae.bottlenecks import DiagonalGaussian, stratified_log_weights, total_correlation_terms
-from hf_ae.corruptions import corrupt
+from hf_ae.models.bottlenecks import DiagonalGaussian, stratified_log_weights, total_correlation_terms
+from hf_ae.models.corruptions import corrupt
 from hf_ae.metrics import importance_weighted_bound, pca_reconstruction, reconstruction_metrics
 
 
@@ -229,8 +229,8 @@ def test_overcomplete_code_warns_once_in_plain_words(caplog):
 
 
 def test_layerwise_pretraining_trains_each_layer_on_the_codes_below():
-    from hf_ae.data import ImagesInMemory
-    from hf_ae.pretraining import level_functions, pretrain_layerwise
+    from hf_ae.data.images import ImagesInMemory
+    from hf_ae.training.layerwise import level_functions, pretrain_layerwise
     from hf_ae.train import ImageTrainingArguments
 
     torch.manual_seed(0)
@@ -248,7 +248,7 @@ def test_layerwise_pretraining_trains_each_layer_on_the_codes_below():
 
 def test_muon_takes_a_kernel_as_the_matrix_that_torch_takes():
     """Three steps on a convolution kernel are those of torch's Muon on the flattened kernel."""
-    from hf_ae.training import KernelMuon
+    from hf_ae.training.run import KernelMuon
 
     torch.manual_seed(0)
     kernel = torch.nn.Parameter(torch.randn(6, 4, 3, 3))

@@ -184,7 +184,7 @@ def test_unpooling_without_positions_uses_the_upper_left_corner():
 def test_stored_half_precision_loads_as_float32(tmp_path):
     from transformers import AutoModel
 
-    from hf_ae.training import save_model
+    from hf_ae.training.run import save_model
 
     model = make("vae-mlp").eval()
     save_model(model, tmp_path, "float16")
@@ -197,7 +197,7 @@ def test_stored_half_precision_loads_as_float32(tmp_path):
 
 def test_tiles_blend_without_seams_and_slicing_changes_nothing():
     """A model of one 1×1 position sees no neighbours, so tiles must give exactly the whole picture."""
-    from hf_ae.tiling import tiled
+    from hf_ae.models.tiling import tiled
 
     x = torch.rand(2, 3, 52, 70)
     for scale, down in ((1, True), (1, False)):

@@ -13,8 +13,8 @@ import torch
 from transformers import AutoImageProcessor, AutoModel
 
 import hf_ae
-from hf_ae.hub import check_folder
-from hf_ae.pipeline_folder import code_files
+from hf_ae.hub.push import check_folder
+from hf_ae.hub.pipeline_folder import code_files
 
 ROOT = Path(__file__).resolve().parent.parent
 CARDS = sorted(p for p in (ROOT / "model_cards").iterdir() if (p / "config.json").is_file())

@@ -17,10 +17,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModel, BertConfig, BertModel, PreTrainedTokenizerFast
 
 import hf_ae
-from hf_ae.cards import write_card
-from hf_ae.cli import main
-from hf_ae.hub import check_folder, refresh
-from hf_ae.pipeline_folder import bundle, code_files, save_pipeline
+from hf_ae.hub.cards import write_card
+from hf_ae_cli import main
+from hf_ae.hub.push import check_folder, refresh
+from hf_ae.hub.pipeline_folder import bundle, code_files, save_pipeline
 from hf_ae.pipelines import CaptionPrior, TextToImagePipeline
 
 BUNDLE = "vae/modeling_hf_ae_vae.py"
@@ -165,7 +165,7 @@ def test_without_the_package_from_a_folder_and_from_the_hub(saved, pictures, tmp
 
 def client_push(folder):
     """`hf-ae push`'s exit code."""
-    from hf_ae.cli import main
+    from hf_ae_cli import main
 
     try:
         main(["push", folder, "--repo", "me/pizza"])

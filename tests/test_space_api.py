@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from hf_ae.bitstream import pack, unpack
+from hf_ae.codec.container import pack, unpack
 
 gradio_client = pytest.importorskip("gradio_client", reason="the Space needs pip install 'hf_ae[space]'")
 EXAMPLES = Path(__file__).resolve().parent.parent / "spaces" / "hf-ae" / "examples"

@@ -12,8 +12,8 @@ from hub_server import OWNER, HubServer
 from PIL import Image
 from space_server import running_space
 
-from hf_ae.cards import front_matter
-from hf_ae.hub import check_folder
+from hf_ae.hub.cards import front_matter
+from hf_ae.hub.push import check_folder
 
 ROOT = Path(__file__).resolve().parent.parent
 SPACE = ROOT / "spaces" / "hf-ae"

@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModel
 
-from hf_ae.arguments import checkpoints, parse_overrides
+from hf_ae.training.arguments import checkpoints, parse_overrides
 from hf_ae.train import main, train
 
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
@@ -74,7 +74,7 @@ def test_two_processes_give_the_gradients_of_one_with_twice_the_batch(tmp_path):
     child = """
 import sys, torch
 from accelerate import Accelerator
-from hf_ae.data import ImagesInMemory, image_column, open_dataset, to_pixel_values
+from hf_ae.data.images import ImagesInMemory, image_column, open_dataset, to_pixel_values
 import hf_ae
 accelerator = Accelerator()
 torch.manual_seed(0)
@@ -147,7 +147,7 @@ def test_streaming_trains_and_learns_what_memory_does(train_args, tmp_path):
                 learning_rate=3e-3,
             )
         )
-        from hf_ae.evaluate import evaluate
+        from hf_ae.evaluation.evaluate import evaluate
 
         losses[streaming] = evaluate(output, str(SAMPLE), tasks="reconstruction", max_images=200)["reconstruction"]["mse"]
     assert losses[True] < 0.045 and abs(losses[True] - losses[False]) < 0.1 * losses[False]
@@ -352,7 +352,7 @@ def test_a_folder_of_image_files_trains_with_default_flags(capsys, tmp_path):
     assert "only train" in out and "Trained on 24 images" in out
     model = AutoModel.from_pretrained(tmp_path / "o")
     assert model.config.kl_weight == 1e-6 and model.config.code_shape == [4, 8, 8]
-    from hf_ae.evaluate import evaluate
+    from hf_ae.evaluation.evaluate import evaluate
 
     metrics = evaluate(tmp_path / "o", str(tmp_path / "photos"), samples=2)
     assert metrics["split"] == "train" and metrics["likelihood"]["samples"] == 2 and "pca" not in metrics
@@ -360,7 +360,7 @@ def test_a_folder_of_image_files_trains_with_default_flags(capsys, tmp_path):
 
 
 def test_training_anew_forgets_the_measurements_of_the_old_weights(train_args, tmp_path):
-    from hf_ae.evaluate import evaluate
+    from hf_ae.evaluation.evaluate import evaluate
 
     train(train_args())
     evaluate(tmp_path / "run", str(SAMPLE), max_images=20)

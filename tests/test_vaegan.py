@@ -10,8 +10,8 @@ from torch.nn import functional as F
 from variants import make, pixels
 
 import hf_ae
-from hf_ae.discriminators import adaptive_weight, discriminator_loss, frozen, generator_loss
-from hf_ae.training import make_optimizers
+from hf_ae.models.discriminators import adaptive_weight, discriminator_loss, frozen, generator_loss
+from hf_ae.training.run import make_optimizers
 
 
 def gradients(part):
@@ -159,7 +159,7 @@ def test_resuming_with_two_optimizers_is_bitwise_and_bf16_trains(train_args, tmp
 def test_the_discriminator_chooses_among_a_pipelines_candidates_and_is_saved_with_it(tmp_path):
     from tiny_pipelines import PROMPT, pipeline
 
-    from hf_ae.pipeline_folder import save_pipeline
+    from hf_ae.hub.pipeline_folder import save_pipeline
     from hf_ae.pipelines import TextToImagePipeline
 
     judge = hf_ae.DiscriminatorModel(hf_ae.DiscriminatorConfig(num_channels=3, hidden_sizes=[4, 8])).eval()

@@ -9,7 +9,7 @@ import random
 import sys
 from pathlib import Path
 
-from hf_ae.data import open_dataset
+from hf_ae.data.images import open_dataset
 
 
 def main(source: str, output: Path):

@@ -123,7 +123,7 @@ def load_model(name: str):
     """(model, image processor) of a shipped autoencoder."""
 
     def load():
-        from hf_ae.evaluate import load_model as load_it
+        from hf_ae.evaluation.evaluate import load_model as load_it
 
         return load_it(place(name))
 
@@ -134,7 +134,7 @@ def load_codec(name: str):
     """An autoencoder as `hf_ae.codec` takes it."""
 
     def load():
-        from hf_ae.codec import load_codec_model
+        from hf_ae.codec.compression import load_codec_model
 
         return load_codec_model.__wrapped__(place(name))
 
@@ -147,7 +147,7 @@ def load_pipeline(name: str = "emoji-text-to-image"):
     def load():
         import torch
 
-        from hf_ae.generate import load_pipeline as load_it
+        from hf_ae.diffusion.drawing import load_pipeline as load_it
 
         pipe = load_it(place(name))
         pipe.set_progress_bar_config(disable=True)
@@ -226,7 +226,7 @@ def open_upload(path, most_side: int | None = None, gray: bool = False):
     """The picture at `path`, RGB or gray, turned as its EXIF says, on white, no side longer than `most_side`. Raises ValueError."""
     from PIL import Image
 
-    from hf_ae.image_processing import open_image, to_mode
+    from hf_ae.models.image_processing import open_image, to_mode
 
     if not path:
         raise ValueError("There is no picture yet: upload one, or click one of the examples.")

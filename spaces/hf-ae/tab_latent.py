@@ -57,7 +57,7 @@ def walk(a: str, b: str, kind: str = "Clothes", way: str = "spherical", position
     """
     import torch
 
-    from hf_ae.latents import decode, interpolate
+    from hf_ae.latents.walks import decode, interpolate
 
     loaded = walker(kind)
     ends = encode(loaded, [open_upload(a, 1024, gray=True), open_upload(b, 1024, gray=True)])
@@ -136,8 +136,8 @@ def arithmetic(a: str = "ankle boot", b: str = "sneaker", picture: str = ""):
     """
     import torch
 
-    from hf_ae.latents import arithmetic as reckon
-    from hf_ae.latents import decode
+    from hf_ae.latents.walks import arithmetic as reckon
+    from hf_ae.latents.walks import decode
 
     for group in (a, b):
         if group not in SHEETS["clothes"]:
@@ -232,7 +232,7 @@ def draw_numbers(
     """
     import torch
 
-    from hf_ae.latents import decode
+    from hf_ae.latents.walks import decode
 
     loaded = load_model(TURNED)
     values = [number(value, -4, 4, f"Number {i + 1}") for i, value in enumerate((n1, n2, n3, n4, n5, n6, n7, n8, n9, n10))]
@@ -278,7 +278,7 @@ def random_digits(seed: int = 0, spread: str = next(iter(SPREADS))):
     Returns:
         25 pictures by the autoencoder, and 25 by the VAE.
     """
-    from hf_ae.latents import decode, random_codes
+    from hf_ae.latents.walks import decode, random_codes
     from hf_ae.plots import image_grid
 
     if spread not in SPREADS:

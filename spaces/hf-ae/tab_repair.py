@@ -60,7 +60,7 @@ def repair(picture: str, damage: str = "Noise", level: float = 0.3, seed: int = 
     """
     import torch
 
-    from hf_ae.corruptions import corrupt
+    from hf_ae.models.corruptions import corrupt
 
     if damage not in offered():
         raise ValueError(f"This damage is not known: use one of {', '.join(offered())}.")

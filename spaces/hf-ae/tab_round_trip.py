@@ -49,7 +49,7 @@ def round_trip(picture: str, model: str = "Photo", quality: float = 0.25):
     """
     import numpy as np
 
-    from hf_ae.codec import compress, decompress
+    from hf_ae.codec.compression import compress, decompress
 
     codec, original = prepared(picture, model)
     data = compress(codec, original, quality=number(quality, 0, 1, "The quality"), model_id=CODECS[model][0])
@@ -98,9 +98,9 @@ def open_file(file: str):
     Returns:
         The picture, and a line about the file.
     """
-    from hf_ae.bitstream import unpack
-    from hf_ae.codec import CorruptFileError, decompress, fingerprint
-    from hf_ae.codec import ready as ready_for_coding
+    from hf_ae.codec.container import unpack
+    from hf_ae.codec.compression import CorruptFileError, decompress, fingerprint
+    from hf_ae.codec.compression import ready as ready_for_coding
 
     if not file:
         raise ValueError("There is no file yet: drop one that ends in .hfae.")

@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
-from .cards import write_card
-from .data import (
+from ..hub.cards import write_card
+from ..data.images import (
     ImagesInMemory,
     batch_for,
     binarized_once,
@@ -22,11 +22,11 @@ from .data import (
     pick_split,
     to_pixel_values,
 )
-from .image_processing import open_image, to_mode
-from .metrics import importance_weighted_bound, pca_reconstruction, reconstruction_metrics
-from .pipeline_folder import read_json
-from .plots import image_grid, labelled_rows, latent_plane
-from .quantizers import usage_and_perplexity
+from ..models.image_processing import open_image, to_mode
+from ..metrics import importance_weighted_bound, pca_reconstruction, reconstruction_metrics
+from ..hub.pipeline_folder import read_json
+from ..plots import image_grid, labelled_rows, latent_plane
+from ..models.quantizers import usage_and_perplexity
 
 TASKS = ("reconstruction", "likelihood", "compression", "generation")
 QUALITIES = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -164,7 +164,7 @@ def evaluate(model, dataset_name: str, save: bool = True, **options) -> dict:
 
 def evaluate_pipeline_folder(request: Request, asked: list[str], save: bool) -> dict:
     """The task `generation` of a text-to-image pipeline; its other figures in metrics.json stay."""
-    from .generate import load_pipeline
+    from ..diffusion.drawing import load_pipeline
     from .generation import evaluate_pipeline
 
     if asked != ["generation"]:
@@ -268,7 +268,7 @@ def use_of_codes(model, pixels: torch.Tensor) -> dict:
 
 def compression(model, dataset, column: str, count: int) -> dict:
     """Whole files of the first `count` pictures, at their own size and five qualities: means of bytes, bits per pixel, PSNR."""
-    from .codec import roundtrip
+    from ..codec.compression import roundtrip
 
     rows = {}
     for quality in tqdm(QUALITIES, desc="compression", mininterval=1.0, leave=False):

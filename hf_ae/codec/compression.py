@@ -18,8 +18,8 @@ import torch
 from PIL import Image
 from transformers import AutoModel
 
-from .bitstream import FINGERPRINT_BYTES, MAX_PIXELS, CorruptFileError, File, pack, unpack
-from .codec_methods import (
+from .container import FINGERPRINT_BYTES, MAX_PIXELS, CorruptFileError, File, pack, unpack
+from .methods import (
     read_hyperprior,
     read_indices,
     read_latents,
@@ -29,9 +29,9 @@ from .codec_methods import (
     write_latents,
     write_palette,
 )
-from .image_processing import open_image, to_mode
-from .modeling_compressive import CompressiveAutoencoderModel
-from .modeling_vqvae import VQVAEModel
+from ..models.image_processing import open_image, to_mode
+from ..models.modeling_compressive import CompressiveAutoencoderModel
+from ..models.modeling_vqvae import VQVAEModel
 
 __all__ = ["CorruptFileError", "compress", "compress_batch", "decompress", "decompress_batch", "fingerprint"]
 

@@ -22,9 +22,9 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from .bitstream import CorruptFileError, File, Reader, SymbolDecoder, SymbolEncoder, SymbolTables, varint
-from .entropy_models import HYPER_LIMIT, QUALITY_LEVELS, SCALES, STEPS, gaussian_weights, positions_of
-from .tiling import tiled
+from .container import CorruptFileError, File, Reader, SymbolDecoder, SymbolEncoder, SymbolTables, varint
+from ..models.entropy_models import HYPER_LIMIT, QUALITY_LEVELS, SCALES, STEPS, gaussian_weights, positions_of
+from ..models.tiling import tiled
 
 WINDOW = 64
 """Positions of the code, high and wide, that share a hyperprior; larger pictures are also worked on in tiles of this size."""

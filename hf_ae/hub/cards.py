@@ -146,7 +146,7 @@ def codec_section(name: str, metrics: dict) -> str:
     text = f"""As an image codec (`pip install 'hf_ae[codec]'`):
 
 ```python
-from hf_ae.codec import compress, decompress
+from hf_ae.codec.compression import compress, decompress
 
 data = compress(model, "image.png", quality=0.5)  # the bytes of an .hfae file; quality from 0 to 1
 picture = decompress(data, model)

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import torch
 
-from .data import ImagesInMemory, held_out_name, image_column, open_dataset, pick_split
+from ..data.images import ImagesInMemory, held_out_name, image_column, open_dataset, pick_split
 from .evaluate import load_model, reconstruct
 from .feature_network import load_feature_network
-from .generate import load_pipeline
+from ..diffusion.drawing import load_pipeline
 from .generation import (
     IMAGES,
     captions_of,
@@ -22,8 +22,8 @@ from .generation import (
     measure_generation,
     pipeline_processor,
 )
-from .metrics import reconstruction_metrics
-from .plots import labelled_rows
+from ..metrics import reconstruction_metrics
+from ..plots import labelled_rows
 
 COLUMNS = {
     "parameters": "parameters", "code_size": "code", "mse": "MSE", "psnr": "PSNR (dB)", "ssim": "SSIM", "fid": "FID", "kid": "KID × 1000",

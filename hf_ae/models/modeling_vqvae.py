@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .configuration_discrete import VQVAE2Config, VQVAEConfig
+from .configuration_vqvae import VQVAE2Config, VQVAEConfig
 from .modeling_autoencoder import AutoencoderModel, EncoderOutput, with_offload_hook
 from .modeling_code_prior import CodePrior
 from .networks import ResBlock

@@ -10,7 +10,7 @@ import math
 
 import torch
 
-from .data import batch_for
+from ..data.images import batch_for
 from .sampling import prior
 
 KINDS = ("linear", "spherical")

@@ -28,7 +28,7 @@ def refresh(folder):
     """Bring the code beside a checkpoint or in a pipeline, and the card, up to this version of the package. The weights stay."""
     from transformers.dynamic_module_utils import get_relative_import_files
 
-    folder, package = Path(folder), Path(__file__).parent
+    folder, package = Path(folder), Path(__file__).parent.parent / "models"
     if (folder / "model_index.json").is_file():
         write_code(folder)
     else:

@@ -6,10 +6,10 @@ from pathlib import Path
 
 from PIL import Image
 
-from .image_processing import open_image, to_mode
-from .plots import image_grid, labelled_rows
+from ..models.image_processing import open_image, to_mode
+from ..plots import image_grid, labelled_rows
 
-DEFAULT = Path(__file__).resolve().parent.parent / "model_cards" / "emoji-text-to-image"
+DEFAULT = Path(__file__).resolve().parent.parent.parent / "model_cards" / "emoji-text-to-image"
 """The pipeline that a checkout carries."""
 
 
@@ -17,7 +17,7 @@ def load_pipeline(name: str | None = None, scheduler: str | None = None):
     """The text-to-image pipeline of a folder or Hub id, with another diffusers scheduler where asked. Raises ValueError."""
     import diffusers
 
-    from .pipelines import TextToImagePipeline
+    from ..pipelines import TextToImagePipeline
 
     if name is None and not (DEFAULT / "model_index.json").is_file():
         raise ValueError("Which pipeline? Write --model with a folder or a Hub id.")

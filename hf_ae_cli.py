@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from .arguments import one_line_errors
+from hf_ae.training.arguments import one_line_errors
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 
@@ -54,7 +54,7 @@ def evaluate(
 ):
     """Measure a model on a dataset, beside PCA; in a local folder, write metrics.json, pictures and the card."""
     options = {k: v for k, v in locals().items() if k not in ("model", "dataset_name")}
-    from . import evaluate as measuring
+    from hf_ae.evaluation import evaluate as measuring
 
     metrics = measuring.evaluate(model, dataset_name, **options)
     titles = {"reconstruction": "model", "pca": f"PCA, {metrics.get('code_size')}", "denoising_input": "damaged", "denoising": "restored"}
@@ -88,7 +88,7 @@ def fit_sampler(
     seed: Annotated[int, typer.Option("--seed", help="Of the mixture's start.")] = 0,
 ):
     """Fit a distribution to the codes of training images, to draw new images from, and save it beside the model."""
-    from . import sampling
+    from hf_ae.latents import sampling
 
     options = {k: v for k, v in locals().items() if k not in ("model", "sampling")}
     print(f"Written: {sampling.fit_sampler(model, **options)}")
@@ -105,7 +105,7 @@ def compare(
     feature_network: Network = None,
 ):
     """Measure several models on one dataset: one table of reconstruction, sample quality, mode coverage, speed and parameters."""
-    from . import compare as comparing
+    from hf_ae.evaluation import compare as comparing
 
     if output is not None:
         comparing.check_output(output)
@@ -126,10 +126,10 @@ def reconstruct(
     ),
 ):
     """Send image files through a model and draw them beside what comes back."""
-    from .evaluate import load_model
-    from .evaluate import reconstruct as run
-    from .metrics import reconstruction_metrics
-    from .plots import labelled_rows
+    from hf_ae.evaluation.evaluate import load_model
+    from hf_ae.evaluation.evaluate import reconstruct as run
+    from hf_ae.metrics import reconstruction_metrics
+    from hf_ae.plots import labelled_rows
 
     loaded, processor = load_model(model)
     low, high = loaded.config.pixel_range
@@ -151,7 +151,7 @@ def compress(
     palette: Palette = False,
 ):
     """Compress an image with an autoencoder into a small file that names the model."""
-    from . import codec
+    from hf_ae.codec import compression as codec
 
     check_folder_of(output)
     data = codec.compress(codec.load_codec_model(model), image, quality, palette, model_id=model)
@@ -166,7 +166,7 @@ def decompress(
     model: Annotated[str | None, typer.Option("--model", help="Folder or Hub id; default: the model that the file names.")] = None,
 ):
     """Turn a compressed file back into a picture."""
-    from . import codec
+    from hf_ae.codec import compression as codec
 
     check_writable(output)
     if not file.is_file():
@@ -187,8 +187,8 @@ def roundtrip(
     palette: Palette = False,
 ):
     """Compress and decompress an image, and draw what comes back beside JPEG, WebP and AVIF of the same size."""
-    from .codec import load_codec_model
-    from .pipelines import VAERoundTripPipeline
+    from hf_ae.codec.compression import load_codec_model
+    from hf_ae.pipelines import VAERoundTripPipeline
 
     check_writable(output)
     result = VAERoundTripPipeline(load_codec_model(model))(image, quality, palette)
@@ -217,7 +217,7 @@ def generate(
     seeds: Annotated[int, typer.Option("--seeds", min=1, help="Columns of the sheet.")] = 4,
 ):
     """Draw a picture from a prompt with a text-to-image pipeline."""
-    from . import generate as drawing
+    from hf_ae.diffusion import drawing
 
     check_writable(output)
     options: dict = dict(negative_prompt=negative_prompt, guidance_scale=guidance_scale, height=height, width=width)
@@ -239,7 +239,7 @@ def push(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check only; upload nothing.")] = False,
 ):
     """Check the folder of a model, a pipeline or a Space (weights load, card complete, no stray files) and upload it in one commit."""
-    from .hub import check_folder, push_folder
+    from hf_ae.hub.push import check_folder, push_folder
 
     files = check_folder(folder)
     address = push_folder(folder, repo, private, dry_run)
@@ -253,7 +253,7 @@ def demo(
     seconds: Annotated[int, typer.Option("--seconds", min=5, help="How long to train, about.")] = 60,
 ):
     """Show the product on what the checkout carries: prompts to pictures, a round trip, and a model trained, reloaded, evaluated."""
-    from .demo import run
+    from hf_ae.demo import run
 
     run(output, seconds)
 

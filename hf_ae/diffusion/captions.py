@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
-from .data import ImagesInMemory, batch_for, read_texts, row_batches, to_pixel_values
-from .image_processing import AutoencoderImageProcessor
+from ..data.images import ImagesInMemory, batch_for, read_texts, row_batches, to_pixel_values
+from ..models.image_processing import AutoencoderImageProcessor
 
 SHARD = 512
 """Pictures in one file of the latent cache."""

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import torch
 
-from .captions import picture_processor
-from .data import ImagesInMemory, binarized_once, held_out_name, image_column, pick_split, read_texts
+from ..diffusion.captions import picture_processor
+from ..data.images import ImagesInMemory, binarized_once, held_out_name, image_column, pick_split, read_texts
 from .feature_network import FeatureNetwork, features_of, load_feature_network
-from .generation_metrics import accuracy, distances, train_classifier
-from .sampling import FILE, KINDS, Sampler, encode_all, fit, read_labels, sample
+from .fidelity import accuracy, distances, train_classifier
+from ..latents.sampling import FILE, KINDS, Sampler, encode_all, fit, read_labels, sample
 
 IMAGES = 10_000
 """Pictures to draw, where there are as many real ones."""

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from .image_processing import MODES, fit_array
+from ..models.image_processing import MODES, fit_array
 
 HELD_OUT = ("test", "validation", "valid", "val", "eval")
 """Names of the split that models are measured on, where none is asked for."""

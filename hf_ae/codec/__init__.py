@@ -1,0 +1,6 @@
+"""Any autoencoder as an image codec: `compress(model, image) -> bytes`, `decompress(data) -> image`."""
+
+from .compression import compress, compress_batch, decompress, decompress_batch, fingerprint, roundtrip
+from .container import CorruptFileError
+
+__all__ = ["CorruptFileError", "compress", "compress_batch", "decompress", "decompress_batch", "fingerprint", "roundtrip"]

@@ -1,0 +1,3 @@
+"""Hub or local datasets -> batches of images."""
+
+from .images import *
