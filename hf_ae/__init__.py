@@ -1,21 +1,23 @@
 """hf_ae: every autoencoder as a Hugging Face model.
 
-Importing it registers each configuration, model and image processor with transformers' Auto classes.
+Importing it registers each configuration, model and image processor with transformers' Auto classes. Its rooms, such
+as `hf_ae.codec` and `hf_ae.latents`, are imported when they are first used.
 """
+
+import importlib
+from types import ModuleType
 
 from transformers import AutoConfig, AutoImageProcessor, AutoModel
 
-from .models.configuration import (
-    AutoencoderConfig,
-    BetaVAEConfig,
-    CompressiveAutoencoderConfig,
+from .models.configuration_autoencoder import AutoencoderConfig
+from .models.configuration_compressive import CompressiveAutoencoderConfig
+from .models.configuration_regularized import (
     ContractiveAutoencoderConfig,
     DenoisingAutoencoderConfig,
     SparseAutoencoderConfig,
-    VAEConfig,
 )
+from .models.configuration_vae import BetaVAEConfig, DiscriminatorConfig, VAEConfig, VAEGANConfig
 from .models.configuration_vqvae import VQVAE2Config, VQVAEConfig
-from .models.configuration_vaegan import DiscriminatorConfig, VAEGANConfig
 from .models.image_processing import AutoencoderImageProcessor
 from .models.modeling_autoencoder import AutoencoderModel
 from .models.modeling_compressive import CompressiveAutoencoderModel
@@ -26,7 +28,7 @@ from .models.modeling_vqvae import VQVAE2Model, VQVAEModel
 
 __version__ = "0.1.0"
 
-MODELS = {
+MODELS: dict[str, type[AutoencoderModel]] = {
     model.config_class.model_type: model
     for model in (
         AutoencoderModel,
@@ -46,10 +48,32 @@ MODELS = {
 for _model_type, _model in MODELS.items():
     AutoConfig.register(_model_type, _model.config_class, exist_ok=True)
     AutoModel.register(_model.config_class, _model, exist_ok=True)
-    AutoImageProcessor.register(_model.config_class, image_processor_classes={"pil": AutoencoderImageProcessor}, exist_ok=True)
+    _processors = {"pil": AutoencoderImageProcessor}
+    AutoImageProcessor.register(_model.config_class, image_processor_classes=_processors, exist_ok=True)
 
 AutoConfig.register(DiscriminatorConfig.model_type, DiscriminatorConfig, exist_ok=True)
 AutoModel.register(DiscriminatorConfig, DiscriminatorModel, exist_ok=True)
+
+_ROOMS = (
+    "codec",
+    "data",
+    "diffusion",
+    "evaluation",
+    "hub",
+    "latents",
+    "loading",
+    "metrics",
+    "pipelines",
+    "plots",
+    "sampling",
+)
+
+
+def __getattr__(name: str) -> ModuleType:
+    if name in _ROOMS:
+        return importlib.import_module(f".{name}", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 __all__ = [
     "MODELS",

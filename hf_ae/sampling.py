@@ -1,4 +1,4 @@
-"""Samplers of codes: `hf_ae.latents.sampling` under its short name."""
+"""`hf_ae.latents.sampling` under its short name."""
 
 from .latents.sampling import FILE, KINDS, Sampler, encode_all, fit, fit_sampler, prior, sample
 

@@ -1,6 +1,15 @@
-"""Custom diffusers pipelines, one file each: installed as `hf_ae.pipelines`, uploaded as a model repo's `pipeline.py`."""
+"""Custom diffusers pipelines: installed as `hf_ae.pipelines`, uploaded as a model repo's `pipeline.py`, joined into
+one file."""
 
-from .text_to_image import CaptionPrior, Preview, TextToImageOutput, TextToImagePipeline
+from .caption_prior import CaptionPrior
+from .text_to_image import Preview, TextToImageOutput, TextToImagePipeline
 from .vae_roundtrip import VAERoundTripOutput, VAERoundTripPipeline
 
-__all__ = ["CaptionPrior", "Preview", "TextToImageOutput", "TextToImagePipeline", "VAERoundTripOutput", "VAERoundTripPipeline"]
+__all__ = [
+    "CaptionPrior",
+    "Preview",
+    "TextToImageOutput",
+    "TextToImagePipeline",
+    "VAERoundTripOutput",
+    "VAERoundTripPipeline",
+]

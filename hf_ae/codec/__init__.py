@@ -1,6 +1,15 @@
 """Any autoencoder as an image codec: `compress(model, image) -> bytes`, `decompress(data) -> image`."""
 
 from .compression import compress, compress_batch, decompress, decompress_batch, fingerprint, roundtrip
-from .container import CorruptFileError
+from .container import CorruptFileError, unpack
 
-__all__ = ["CorruptFileError", "compress", "compress_batch", "decompress", "decompress_batch", "fingerprint", "roundtrip"]
+__all__ = [
+    "CorruptFileError",
+    "compress",
+    "compress_batch",
+    "decompress",
+    "decompress_batch",
+    "fingerprint",
+    "roundtrip",
+    "unpack",
+]

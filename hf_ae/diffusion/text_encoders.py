@@ -1,154 +1,113 @@
-"""Text encoders for a text-to-image training: a new small one, or one that learns which picture a caption belongs to."""
+"""Text encoders for a text-to-image training, and what they say about captions."""
 
 from __future__ import annotations
 
-import random
 import re
 from collections import Counter
+from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor
 from torch.nn import functional as F
-from tqdm.auto import tqdm
-from transformers import get_scheduler
+from transformers import AutoConfig, AutoTokenizer
 
-from .captions import Captions, text_states, tokenize
+from ..loading import opening
+from ..pipelines.caption_prior import CaptionPrior
+from .captions import Captions
 
-TEMPERATURE = 0.05
-BATCH = 128
 VOCABULARY = 8000
 """Most words of a new tokenizer; others are spelled."""
+KEEP_STATES = 2**31
+"""Text states of so many bytes are computed once and kept; more are computed in each step."""
 
 
-def text_encoder_from_scratch(texts: list[str], overrides: dict, max_length: int, seed: int):
-    """(tokenizer, text encoder): the commonest words and all characters of `texts`, and a small BERT with random weights."""
+def new_text_encoder(texts: list[str], fields: dict[str, Any], max_length: int, seed: int) -> tuple[Any, Any]:
+    """(tokenizer, text encoder): the commonest words and all characters of `texts`, and a small BERT with random
+    weights; `fields` are those of its BertConfig."""
     from transformers import BertConfig, BertModel, BertTokenizer
 
     words = Counter(word for text in texts for word in re.findall(r"\w+|[^\w\s]", text.lower()))
     letters = sorted({letter for word in words for letter in word})
     common = sorted(words, key=lambda word: (-words[word], word))[:VOCABULARY]
-    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *(f"##{letter}" for letter in letters), *common]
-    vocabulary = {piece: number for number, piece in enumerate(dict.fromkeys(pieces))}
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    pieces = [*special, *letters, *(f"##{letter}" for letter in letters), *common]
+    vocabulary = {piece: index for index, piece in enumerate(dict.fromkeys(pieces))}
     tokenizer = BertTokenizer(vocab=vocabulary, model_max_length=max_length)
-    fields = dict(hidden_size=256, num_hidden_layers=4, num_attention_heads=4, intermediate_size=1024) | overrides
+    sizes = dict(hidden_size=256, num_hidden_layers=4, num_attention_heads=4, intermediate_size=1024) | fields
     torch.manual_seed(seed)
-    text_encoder = BertModel(BertConfig(vocab_size=len(vocabulary), max_position_embeddings=max_length, **fields))
+    text_encoder = BertModel(BertConfig(vocab_size=len(vocabulary), max_position_embeddings=max_length, **sizes))
     text_encoder.get_submodule("pooler").requires_grad_(False)  # unused, but what loads a BertModel expects it
     text_encoder.config.use_attention_mask = True
     return tokenizer, text_encoder
 
 
-def mean_states(text_encoder, tokens: dict) -> torch.Tensor:
+def load_text_encoder(name: str | Path, max_length: int) -> tuple[Any, Any]:
+    """(tokenizer, encoder of a transformers text model, frozen) of a folder or Hub id. Raises ValueError."""
+    from transformers import AutoModelForTextEncoding, CLIPTextModel
+
+    with opening("text encoder", name):
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        is_clip = AutoConfig.from_pretrained(name).model_type in ("clip", "clip_text_model")
+        cls: Any = CLIPTextModel if is_clip else AutoModelForTextEncoding
+        text_encoder = cls.from_pretrained(name, dtype=torch.float32, use_safetensors=True)
+    if not is_clip:
+        text_encoder.config.use_attention_mask = True  # so that pipelines hide the padding from it, too
+    tokenizer.model_max_length = min(max_length, tokenizer.model_max_length)
+    return tokenizer, text_encoder.eval().requires_grad_(False)
+
+
+def tokenize(tokenizer: Any, texts: list[str], device: torch.device | str) -> dict[str, Tensor]:
+    """`input_ids` and `attention_mask`, padded to the tokenizer's model_max_length: (texts, length)."""
+    length = tokenizer.model_max_length
+    tokens = tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+    return {name: tokens[name].to(device) for name in ("input_ids", "attention_mask")}
+
+
+def text_states(text_encoder: Any, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """(texts, length, width): the last hidden states, as pipelines give them to the denoiser (CLIP reads its padding
+    too)."""
+    config = text_encoder.config
+    masked = getattr(config, "use_attention_mask", config.model_type not in ("clip", "clip_text_model"))
+    return text_encoder(input_ids, attention_mask=attention_mask if masked else None)[0]
+
+
+@torch.no_grad()
+def all_text_states(text_encoder: Any, tokens: dict[str, Tensor]) -> Tensor | None:
+    """States of every caption, float16 where the encoder's are float32; None where they would take too much memory."""
+    count, length = tokens["input_ids"].shape
+    if 2 * count * length * text_encoder.config.hidden_size > KEEP_STATES:
+        return None
+    ids, mask = tokens["input_ids"].split(256), tokens["attention_mask"].split(256)
+    return torch.cat([text_states(text_encoder, i, m).to(torch.float16) for i, m in zip(ids, mask)])
+
+
+def mean_states(text_encoder: Any, tokens: dict[str, Tensor]) -> Tensor:
     """One vector a text: the mean of its tokens' states, (texts, width)."""
     states, mask = text_states(text_encoder, **tokens), tokens["attention_mask"][..., None]
     return (states * mask).sum(1) / mask.sum(1)
 
 
-class Alignment(nn.Module):
-    """A text encoder, a vector for every picture, and a linear map from texts to latents."""
-
-    def __init__(self, text_encoder, pictures: torch.Tensor, latent_size: int):
-        super().__init__()
-        self.text_encoder, self.pictures = text_encoder, nn.Embedding.from_pretrained(pictures, freeze=False)
-        self.to_latents = nn.Linear(pictures.shape[1], latent_size)
-
-    def forward(self, tokens: dict, targets: torch.Tensor, latents: torch.Tensor):
-        """targets: (texts, pictures), rows sum to 1. latents: (texts, values).
-
-        contrast: cross-entropy of a caption's pictures under the cosine similarities of texts and pictures, as in CLIP
-        (Radford et al. 2021). unexplained: the squared error of the latents as a linear function of the text.
-        """
-        vectors = mean_states(self.text_encoder, tokens)
-        similarity = F.normalize(vectors, dim=1) @ F.normalize(self.pictures.weight, dim=1).T
-        contrast = -(targets * (similarity / TEMPERATURE).log_softmax(1)).sum(1).mean()
-        return contrast, (self.to_latents(vectors) - latents).square().mean()
-
-
-def align_text_encoder(text_encoder, tokenizer, captions: Captions, latents: torch.Tensor, epochs: int, seed: int, say=print):
-    """Fine-tune `text_encoder` in place, so that captions of one picture lie together, apart from those of others, and say
-    what the picture looks like. Unlike images and captions of CLIP, the pictures are few and known: each gets a vector,
-    that starts as the mean of its captions'.
-    """
-    device = next(text_encoder.parameters()).device
-    dice = random.Random(seed)
-    torch.manual_seed(seed)
-    pictures_of: dict[int, list[int]] = {}
-    for picture, columns in enumerate(captions.choices):
-        for number in {n for numbers in columns for n in numbers}:
-            pictures_of.setdefault(number, []).append(picture)
-    tokens = tokenize(tokenizer, captions.texts, device)
-    flat = (latents - latents.mean(0)).flatten(1).to(device)
-    flat /= flat.square().mean().sqrt()
-    model = Alignment(text_encoder, first_vectors(text_encoder, tokens, captions), flat.shape[1]).to(device)
-    text_encoder.requires_grad_(True).train()
-    if hasattr(text_encoder, "set_attn_implementation"):
-        text_encoder.set_attn_implementation("eager")  # torch's fused attention has a slow backward pass in bf16 on a CPU
-    steps = max(1, len(pictures_of) * epochs // BATCH)
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": text_encoder.parameters(), "lr": 1e-4},
-            {"params": [*model.pictures.parameters(), *model.to_latents.parameters()], "lr": 1e-3},
-        ]
-    )
-    scheduler = get_scheduler("cosine", optimizer, min(50, steps // 10), steps)
-    captioned = [row for row, columns in enumerate(captions.choices) if columns]
-    bar = tqdm(range(steps), desc="aligning text", mininterval=1.0)
-    for _ in bar:
-        rows = torch.tensor([dice.choice(captioned) for _ in range(BATCH)])
-        numbers = captions.draw(rows, 0.0, dice)
-        targets = torch.zeros(BATCH, len(captions), device=device)
-        for row, number in enumerate(numbers.tolist()):
-            targets[row, pictures_of[number]] = 1 / len(pictures_of[number])
-        length = int(tokens["attention_mask"][numbers].sum(1).max())
-        drawn = {name: values[numbers, :length] for name, values in tokens.items()}
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cpu"):
-            contrast, unexplained = model(drawn, targets, targets @ flat)
-        (contrast + unexplained).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        scheduler.step()
-        bar.set_postfix(contrast=f"{contrast.item():.3f}", unexplained=f"{unexplained.item():.3f}", refresh=False)
-    text_encoder.requires_grad_(False).eval()
-    say(f"Aligned the text encoder: cross-entropy {contrast.item():.3f}, unexplained share of the latents {unexplained.item():.3f}.")
-
-
 @torch.no_grad()
-def first_vectors(text_encoder, tokens: dict, captions: Captions) -> torch.Tensor:
-    """For each picture the mean over its columns of the mean of their captions' vectors: (pictures, width)."""
-    vectors = text_vectors(text_encoder, tokens)
-    empty = vectors.new_zeros(vectors.shape[1])
-    means = [[vectors[numbers].mean(0) for numbers in columns] or [empty] for columns in captions.choices]
-    return torch.stack([torch.stack(columns).mean(0) for columns in means])
-
-
-@torch.no_grad()
-def text_vectors(text_encoder, tokens: dict) -> torch.Tensor:
+def text_vectors(text_encoder: Any, tokens: dict[str, Tensor]) -> Tensor:
     """A unit vector for each text, (texts, width)."""
     parts = zip(tokens["input_ids"].split(256), tokens["attention_mask"].split(256))
-    return torch.cat([F.normalize(mean_states(text_encoder, {"input_ids": i, "attention_mask": m}), dim=1) for i, m in parts])
+    vectors = [mean_states(text_encoder, {"input_ids": i, "attention_mask": m}) for i, m in parts]
+    return torch.cat([F.normalize(part, dim=1) for part in vectors])
 
 
-def make_prior(captions: Captions, text_encoder, tokenizer):
-    """The `CaptionPrior` of the captions in the first column: all texts of a picture lead to it."""
-    from hf_ae.pipelines import CaptionPrior
-
-    drawn = dict.fromkeys(number for row in captions.choices for number in (row[0] if row else []))
+def make_prior(captions: Captions, text_encoder: Any, tokenizer: Any) -> CaptionPrior:
+    """The `CaptionPrior` of the captions in the first column: all texts of an image lead to it."""
+    drawn = dict.fromkeys(i for row in captions.choices for i in (row[0] if row else []))
     order = list(drawn | dict.fromkeys(range(1, len(captions.texts))))
-    place = {number: i for i, number in enumerate(order)}
-    links = {(place[first], place[n]) for row in captions.choices if row for first in row[0] for column in row for n in column}
+    place = {old: new for new, old in enumerate(order)}
+    texts_of = [(row[0], [i for column in row for i in column]) for row in captions.choices if row]
+    links = {(place[first], place[text]) for firsts, texts in texts_of for first in firsts for text in texts}
     device = next(text_encoder.parameters()).device
-    vectors = text_vectors(text_encoder, tokenize(tokenizer, [captions.texts[number] for number in order], device))
-    prior = CaptionPrior([captions.texts[number] for number in drawn], *vectors.shape[:1], len(links), vectors.shape[1])
-    tensors = {"vectors": vectors.cpu(), "links": torch.tensor(sorted(links), dtype=torch.int32).T}
+    vectors = text_vectors(text_encoder, tokenize(tokenizer, [captions.texts[i] for i in order], device)).cpu()
+    prior = CaptionPrior([captions.texts[i] for i in drawn], len(vectors), len(links), vectors.shape[1])
+    tensors = {"vectors": vectors, "links": torch.tensor(sorted(links), dtype=torch.int32).T}
     firsts, texts = tensors["links"].long()
-    means = torch.zeros(len(drawn), vectors.shape[1]).index_add(0, firsts, tensors["vectors"][texts])
+    means = torch.zeros(len(drawn), vectors.shape[1]).index_add(0, firsts, vectors[texts])
     prior.load_state_dict(tensors | {"means": F.normalize(means, dim=1)})
     return prior
-
-
-@torch.no_grad()
-def round_matrices(model):
-    """Round all matrices in place to what float8 (e4m3: three bits of mantissa) holds; vectors stay as they are."""
-    for weight in model.parameters():
-        if weight.ndim == 2:
-            weight.copy_(weight.to(torch.float8_e4m3fn))

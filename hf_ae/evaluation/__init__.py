@@ -1,0 +1,1 @@
+"""How good a checkpoint is: evaluate one, compare several."""

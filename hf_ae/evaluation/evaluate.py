@@ -1,65 +1,44 @@
-"""A checkpoint and a dataset -> metrics.json, a picture, and the card that shows them."""
+"""A checkpoint and a dataset -> metrics.json, figures, and the card that shows them."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..hub.cards import write_card
-from ..data.images import (
+from ..codec import roundtrip
+from ..data import (
     ImagesInMemory,
-    batch_for,
     binarized_once,
-    held_out_name,
+    each_batch,
+    evaluation_split,
     image_column,
     open_dataset,
     pick_split,
+    read_labels,
     to_pixel_values,
 )
+from ..errors import require
+from ..hub.cards import write_card
+from ..hub.files import read_json
+from ..loading import load_model, load_pipeline, pipeline_image_processor
+from ..metrics import pca_reconstruction, reconstruction_metrics
 from ..models.image_processing import open_image, to_mode
-from ..metrics import importance_weighted_bound, pca_reconstruction, reconstruction_metrics
-from ..hub.pipeline_folder import read_json
-from ..plots import image_grid, labelled_rows, latent_plane
 from ..models.quantizers import usage_and_perplexity
+from ..plots import image_grid, labelled_rows, latent_plane
+from .feature_network import load_feature_network
+from .generation import IMAGES, captions_of, find_sampler, measure_generation, model_generator, pipeline_generator
+from .likelihood import LIKELIHOODS, importance_weighted_bound
 
 TASKS = ("reconstruction", "likelihood", "compression", "generation")
 QUALITIES = (0.0, 0.25, 0.5, 0.75, 1.0)
-
-
-def load_model(name):
-    """(model in eval mode, image processor) of a folder or Hub id, one of this family. Raises ValueError."""
-    from transformers import AutoConfig, AutoImageProcessor, AutoModel
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    if str(name).count("/") != 1 and not Path(name).is_dir():
-        raise ValueError(f"The model {name} is neither a folder nor a Hub id (owner/name).")
-    try:
-        config = AutoConfig.from_pretrained(name)
-        if not str(config.model_type).startswith("hf_ae_"):
-            raise ValueError(f"{name} is a {config.model_type!r} model, not one of hf_ae's.")
-        return AutoModel.from_pretrained(name, dtype=torch.float32).eval(), AutoImageProcessor.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"The model {name} cannot be loaded: {str(error).strip().splitlines()[0]}") from None
-    except Exception as error:  # safetensors has its own exceptions for damaged files
-        raise ValueError(f"The model {name} is damaged: {type(error).__name__}: {str(error).splitlines()[0]}") from None
-
-
-@torch.no_grad()
-def reconstruct(model, images: torch.Tensor) -> torch.Tensor:
-    """Images in 0…1 (images, channels, height, width) -> their reconstructions in 0…1, on the CPU."""
-    low, high = model.config.pixel_range
-    parts = []
-    for batch in images.split(batch_for(images[0].numel())):
-        values = batch.to(model.device) * (high - low) + low
-        parts.append((model(values).reconstruction.float().cpu() - low) / (high - low))
-    return torch.cat(parts).clamp(0, 1)
 
 
 @dataclass
@@ -76,9 +55,10 @@ class Request:
     split: str | None = None
     """Split to measure on. Default: test or validation, or the only one."""
     train_split: str = "train"
-    """Split that PCA is fitted on."""
+    """Split that PCA and samplers are fitted on."""
     tasks: str | None = None
-    """Comma-separated: reconstruction, likelihood, compression, generation. Default: all but generation, where they apply."""
+    """Comma-separated: reconstruction, likelihood, compression, generation. Default: all but generation, where they
+    apply."""
     samples: int = 100
     """Importance samples an image, for the likelihood."""
     max_images: int | None = None
@@ -86,164 +66,207 @@ class Request:
     binarize: bool = False
     """One fixed Bernoulli draw of each pixel."""
     sampler: str | None = None
-    """What codes are drawn from, for generation: saved (beside the model), prior, gaussian or mixture (fitted now). Default: the
-    saved one, or the model's own prior, or N(0, I)."""
+    """What latents are drawn from, for generation: saved (beside the model), prior, gaussian or mixture (fitted now).
+    Default: the saved one, or the model's own prior, or N(0, I)."""
     label_column: str | None = None
     """Classes to fit the sampler to, one by one, for generation."""
     feature_network: str | None = None
     """Folder or Hub id of a transformers image model, for generation. Default: the small network that ships."""
 
+    def __post_init__(self) -> None:
+        unknown = [task for task in self.asked if task not in TASKS]
+        require(not unknown, f"The task {''.join(unknown[:1])!r} is not known: write one of {', '.join(TASKS)}.")
+
+    @property
+    def asked(self) -> list[str]:
+        """The tasks that are asked for by name, or else all but generation."""
+        named = [task.strip() for task in (self.tasks or "").split(",") if task.strip()]
+        return named or list(TASKS[:-1])
+
     def command(self) -> str:
         """The command line that measures this."""
         words = ["hf-ae evaluate", Path(self.model).name, "--dataset_name", self.dataset_name]
-        for field in dataclasses.fields(self)[2:]:
-            value = getattr(self, field.name)
-            if value != field.default:
-                words += [f"--{field.name}"] if value is True else [f"--{field.name}", str(value)]
+        for spec in dataclasses.fields(self)[2:]:
+            value = getattr(self, spec.name)
+            if value != spec.default:
+                words += [f"--{spec.name}"] if value is True else [f"--{spec.name}", str(value)]
         return " ".join(words)
 
 
-def evaluate(model, dataset_name: str, save: bool = True, **options) -> dict:
-    """Measure a model (folder or Hub id) on a dataset; `options` are the other fields of `Request`.
+@dataclass
+class Data:
+    """The splits of a dataset, as a model takes their images."""
+
+    request: Request
+    processor: Any
+    splits: Any = field(init=False)
+    split: str = field(init=False)
+    """The one to measure on."""
+    rows: Any = field(init=False)
+    """Those of `split`."""
+
+    def __post_init__(self) -> None:
+        self.splits = open_dataset(self.request.dataset_name, self.request.dataset_config_name)
+        self.split = evaluation_split(self.splits, self.request.split)
+        self.rows = pick_split(self.splits, self.split)
+        self.column = image_column(self.rows, self.request.image_column)
+
+    def pixels(self, split: str, limit: int | None = None) -> Tensor:
+        """uint8 images of a split, the first `limit`."""
+        rows = self.rows if split == self.split else pick_split(self.splits, split)
+        found = ImagesInMemory.load(rows, self.column, self.processor, limit=limit, progress=True).pixels
+        return binarized_once(found) if self.request.binarize else found
+
+    def labels(self, split: str, column: str) -> Tensor | None:
+        """Indices of the classes of a split; None where that column is not there or holds no classes."""
+        try:
+            return read_labels(self.splits, split, column)[0]
+        except ValueError:
+            return None
+
+
+def evaluate(model: str | Path, dataset_name: str, save: bool = True, **options: Any) -> dict[str, Any]:
+    """Measure a model (folder or Hub id) on a dataset; `options` are the other fields of `Request`. Raises ValueError.
 
     reconstruction: error, PSNR and SSIM, beside PCA with as many components; for a denoising model also from damaged
-    images. likelihood (VAEs): bounds on log p(x). compression (compressive models): files at five qualities. generation (only
-    where asked for): drawn pictures against real ones. Returns what metrics.json holds; in a local folder it also writes
-    metrics.json, pictures and the card.
+    images. likelihood (VAEs): bounds on log p(x). compression (compressive models): files at five qualities.
+    generation (only where asked for): generated images against real ones. Returns what metrics.json holds; in a local
+    folder it also writes metrics.json, figures and the card.
     """
-    request = Request(str(model), str(dataset_name), **options)
-    asked = [t.strip() for t in request.tasks.split(",") if t.strip()] if request.tasks else list(TASKS[:-1])
-    unknown = [task for task in asked if task not in TASKS]
-    if unknown:
-        raise ValueError(f"The task {unknown[0]!r} is not known: write one of {', '.join(TASKS)}.")
-    if (Path(model) / "model_index.json").is_file():
-        return evaluate_pipeline_folder(request, asked, save)
-    loaded, processor = load_model(model)
-    loaded.to("cuda" if torch.cuda.is_available() else "cpu")
-    tasks = applicable(loaded, request, asked)
-    parts = open_dataset(request.dataset_name, request.dataset_config_name)
-    split = request.split or held_out_name(parts) or next(iter(parts))
-    dataset = pick_split(parts, split)
-    column = image_column(dataset, request.image_column)
-    pixels = ImagesInMemory.load(dataset, column, processor, limit=request.max_images, progress=decoding_bar).pixels
-    pixels = binarized_once(pixels) if request.binarize else pixels
-    images = pixels.float() / 255
-    metrics: dict = {
+    request, folder = Request(str(model), str(dataset_name), **options), Path(model)
+    if (folder / "model_index.json").is_file():
+        return evaluate_pipeline(request, save)
+    loaded, processor = load_model(model, "cuda" if torch.cuda.is_available() else "cpu")
+    tasks, data = applicable(loaded, request), Data(request, processor)
+    pixels = data.pixels(data.split, request.max_images)
+    metrics: dict[str, Any] = {
         "dataset": request.dataset_name,
-        "split": str(split),
-        "images": len(images),
+        "split": str(data.split),
+        "images": len(pixels),
         "binarized": request.binarize,
-        "code_size": math.prod(loaded.config.code_shape),
+        "code_size": math.prod(loaded.config.latent_shape),
         "command": request.command(),
     }
-    rows = {"original": images[:12]}
+    rows: dict[str, Tensor] = {}
     if "reconstruction" in tasks:
-        rebuilt = reconstruct(loaded, images)
-        metrics["reconstruction"] = reconstruction_metrics(images, rebuilt)
-        rows["autoencoder"] = rebuilt[:12]
-        add_pca(request, parts, column, processor, images, metrics, rows)
-        if hasattr(loaded.config, "corruption"):
-            rows = {"original": images[:12], **denoised(loaded, images, metrics)}
-    if "reconstruction" in tasks and hasattr(loaded, "quantizers"):
-        metrics["codes"] = use_of_codes(loaded, pixels)
+        rows = measure_reconstruction(loaded, data, pixels, metrics)
     if "likelihood" in tasks:
         metrics["likelihood"] = likelihood(loaded, pixels, request.samples)
     if "compression" in tasks:
-        metrics["compression"] = compression(loaded, dataset, column, min(request.max_images or 500, len(dataset)))
+        count = min(request.max_images or 500, len(data.rows))
+        metrics["compression"] = compression(loaded, data.rows, data.column, count)
+    save = save and folder.is_dir()
     if "generation" in tasks:
-        from .generation import evaluate_generation
-
-        found, pictures = evaluate_generation(request, loaded, processor, parts, dataset, column, pixels)
+        found, images = generation(loaded, data, pixels[:IMAGES])
         metrics["generation"] = {**found, "command": request.command()}
-        if save and Path(model).is_dir():
-            image_grid(pictures[:80], 20, Path(model) / "samples.png", cell=48)
-    if save and Path(model).is_dir():
-        save_results(Path(model), loaded, metrics, rows, dataset, images)
+        if save:
+            image_grid(images[:80], 20, folder / "samples.png", cell=48)
+    if save:
+        save_results(folder, loaded, metrics, rows, data, pixels)
     return metrics
 
 
-def evaluate_pipeline_folder(request: Request, asked: list[str], save: bool) -> dict:
-    """The task `generation` of a text-to-image pipeline; its other figures in metrics.json stay."""
-    from ..diffusion.drawing import load_pipeline
-    from .generation import evaluate_pipeline
-
-    if asked != ["generation"]:
-        raise ValueError(f"{request.model} is a text-to-image pipeline: write --tasks generation.")
-    parts = open_dataset(request.dataset_name, request.dataset_config_name)
-    found, pictures = evaluate_pipeline(request, load_pipeline(request.model), parts)
-    metrics = {"generation": {**found, "command": request.command()}}
+def evaluate_pipeline(request: Request, save: bool) -> dict[str, Any]:
+    """The task `generation` of a text-to-image pipeline that draws the captions of the evaluated split; its other
+    figures in metrics.json stay."""
+    require(request.asked == ["generation"], f"{request.model} is a text-to-image pipeline: write --tasks generation.")
+    pipe = load_pipeline(request.model)
+    data = Data(request, pipeline_image_processor(pipe))
+    limit, captions = min(request.max_images or IMAGES, len(data.rows)), captions_of(data.rows)
+    real, train = (data.pixels(split, limit).float() / 255 for split in (data.split, request.train_split))
+    network = load_feature_network(request.feature_network)
+    found, images = measure_generation(pipeline_generator(pipe, captions[:limit]), real, train, network)
+    features = request.feature_network or "hf_ae"
+    metrics = {"generation": {**found, "features": features, "command": request.command()}}
     if save:
         path = Path(request.model) / "metrics.json"
-        path.write_text(json.dumps({**read_json(path), **metrics}, indent=2, ensure_ascii=False) + "\n")
-        image_grid(pictures[:64], 8, path.with_name("samples-of-captions.png"), cell=64)
+        write_json(path, {**read_json(path), **metrics})
+        image_grid(images[:64], 8, path.with_name("samples-of-captions.png"), cell=64)
         write_card(request.model)
     return metrics
 
 
-def applicable(model, request: Request, asked: list[str]) -> list[str]:
+def applicable(model: Any, request: Request) -> list[str]:
     """The tasks that this model and request allow. One that was asked for by name and does not fit is an error."""
-    if not hasattr(model.config, "lambda_range"):
-        if request.tasks and "compression" in asked:
-            raise ValueError("No compression: it needs a model that was trained for it, hf_ae_compressive.")
-        asked = [task for task in asked if task != "compression"]
-    reason = None
-    if not hasattr(model.config, "kl_weight"):
-        reason = "it needs a variational autoencoder"
+    reasons = {}
+    if model.codec_method != "hyperprior":
+        reasons["compression"] = "it needs a model that was trained for it, hf_ae_compressive"
+    if not model.can_sample:
+        reasons["likelihood"] = "it needs a variational autoencoder"
     elif model.config.reconstruction_loss == "bce" and not request.binarize:
-        reason = "a model trained with bce gives probabilities of 0/1 pixels: write --binarize"
-    if reason is None or "likelihood" not in asked:
-        return asked
-    if request.tasks:
-        raise ValueError(f"No likelihood: {reason}.")
-    if hasattr(model.config, "kl_weight"):
-        print(f"No likelihood: {reason}.")
-    return [task for task in asked if task != "likelihood"]
+        reasons["likelihood"] = "a model trained with bce gives probabilities of 0/1 pixels: write --binarize"
+    for task in set(request.asked) & set(reasons):
+        require(not request.tasks, f"No {task}: {reasons[task]}.")
+        if model.can_sample and task == "likelihood":
+            print(f"No {task}: {reasons[task]}.")
+    return [task for task in request.asked if task not in reasons]
 
 
-def add_pca(request: Request, parts, column: str, processor, images, metrics: dict, rows: dict):
-    """PCA with as many components as the code has values, where the training split allows it."""
-    size = metrics["code_size"]
-    if request.train_split not in parts:
-        print(f"No PCA: the dataset has no split {request.train_split!r} to fit it on (--train_split).")
-        return
-    limit = None if images[0].numel() <= 2000 else max(1, 2**26 // images[0].numel())
-    train = ImagesInMemory.load(pick_split(parts, request.train_split), column, processor, limit=limit, progress=decoding_bar).pixels
-    train = (binarized_once(train) if request.binarize else train).float() / 255
+@torch.no_grad()
+def reconstruct(model: Any, images: Tensor) -> Tensor:
+    """Images in 0…1 (images, channels, height, width) -> their reconstructions in 0…1, on the CPU."""
+    low, high = model.config.pixel_range
+    parts = [model(x.to(model.device) * (high - low) + low).reconstruction.float().cpu() for x in each_batch(images)]
+    return ((torch.cat(parts) - low) / (high - low)).clamp(0, 1)
+
+
+def measure_reconstruction(model: Any, data: Data, pixels: Tensor, metrics: dict[str, Any]) -> dict[str, Tensor]:
+    """Fill in the figures of the task `reconstruction`; returns the rows of its figure, images in 0…1."""
+    images = pixels.float() / 255
+    rebuilt = reconstruct(model, images)
+    metrics["reconstruction"] = reconstruction_metrics(images, rebuilt)
+    rows = {"original": images[:12], "autoencoder": rebuilt[:12]}
+    pca, size = principal_components(data, images, metrics["code_size"]), metrics["code_size"]
+    if pca is not None:
+        metrics["pca"] = reconstruction_metrics(images, pca)
+        rows[f"PCA, {size}"] = pca[:12]
+    if model.can_denoise:
+        low, high = model.config.pixel_range
+        damaged = model.corrupt(images * (high - low) + low, torch.Generator().manual_seed(0))
+        damaged = (damaged - low) / (high - low)
+        restored = reconstruct(model, damaged)
+        metrics["denoising_input"] = reconstruction_metrics(images, damaged)
+        metrics["denoising"] = reconstruction_metrics(images, restored)
+        rows = {"original": images[:12], "damaged": damaged[:12], "restored": restored[:12]}
+    if model.has_discrete_codes:
+        metrics["codes"] = use_of_codes(model, pixels)
+    return rows
+
+
+def principal_components(data: Data, images: Tensor, size: int) -> Tensor | None:
+    """The reconstruction by PCA with `size` components, where the training split allows it."""
+    values, split = images[0].numel(), data.request.train_split
+    if split not in data.splits:
+        print(f"No PCA: the dataset has no split {split!r} to fit it on (--train_split).")
+        return None
+    train = data.pixels(split, None if values <= 2000 else max(1, 2**26 // values)).float() / 255
     pca = pca_reconstruction(train, images, size)
     if pca is None:
-        print(f"No PCA: {size} components need more than {min(images[0].numel(), len(train))} images and values.")
-        return
-    metrics["pca"] = reconstruction_metrics(images, pca)
-    rows[f"PCA, {size}"] = pca[:12]
+        print(f"No PCA: {size} components need more than {min(values, len(train))} images and values.")
+    return pca
 
 
-def decoding_bar(iterator, total):
-    return tqdm(iterator, total=total, desc="decoding", mininterval=1.0, leave=False)
+@torch.no_grad()
+def use_of_codes(model: Any, pixels: Tensor) -> dict[str, dict[str, float]]:
+    """Of each level of discrete codes, the coarsest first: how many an image has, usage (the fraction of the codewords
+    that occur) and perplexity."""
+    values = (to_pixel_values(part, model.device, model.config.pixel_range) for part in each_batch(pixels))
+    levels = [torch.cat(level) for level in zip(*(model.levels_of(model.encode(x).indices) for x in values))]
+    use: dict[str, dict[str, float]] = {}
+    for i, level in enumerate(levels, 1):
+        found = usage_and_perplexity(level, model.config.codebook_size)
+        use[f"level_{i}"] = {"codes": level[0].numel(), **{name: value.item() for name, value in found.items()}}
+    return use
 
 
-def denoised(model, images, metrics: dict) -> dict:
-    """Measure from damaged images too, the same at every call; returns the rows of the picture."""
-    low, high = model.config.pixel_range
-    damaged = model.corrupt(images * (high - low) + low, torch.Generator().manual_seed(0))
-    damaged = (damaged - low) / (high - low)
-    restored = reconstruct(model, damaged)
-    metrics["denoising_input"] = reconstruction_metrics(images, damaged)
-    metrics["denoising"] = reconstruction_metrics(images, restored)
-    return {"damaged": damaged[:12], "restored": restored[:12]}
-
-
-def likelihood(model, pixels: torch.Tensor, samples: int) -> dict:
+def likelihood(model: Any, pixels: Tensor, samples: int) -> dict[str, Any]:
     """Bounds on log p(x), averaged over the images."""
-    kind = {"bce": "Bernoulli", "mse": "N(x̂, ½)", "l1": "Laplace(x̂, 1)"}[model.config.reconstruction_loss]
     torch.manual_seed(0)
-    values = to_pixel_values(pixels, model.device, tuple(model.config.pixel_range))
-
-    def bar(images):
-        return tqdm(images, desc="likelihood", mininterval=1.0, leave=False)
-
-    elbo, bound = importance_weighted_bound(model, values, samples, progress=bar)
+    values = to_pixel_values(pixels, model.device, model.config.pixel_range)
+    bar = tqdm(values, desc="likelihood", mininterval=1.0, leave=False)
+    elbo, bound = importance_weighted_bound(model, bar, samples)
     return {
-        "model": kind,
+        "model": LIKELIHOODS[model.config.reconstruction_loss],
         "elbo": elbo.mean().item(),
         "log_likelihood_bound": bound.mean().item(),
         "samples": samples,
@@ -251,58 +274,88 @@ def likelihood(model, pixels: torch.Tensor, samples: int) -> dict:
     }
 
 
-@torch.no_grad()
-def use_of_codes(model, pixels: torch.Tensor) -> dict:
-    """Of each level of discrete codes, the coarsest first: how many an image has, usage (the share of the codewords that occur)
-    and perplexity."""
-    parts = (to_pixel_values(part, model.device, model.config.pixel_range) for part in pixels.split(batch_for(pixels[0].numel())))
-    levels = [torch.cat(level) for level in zip(*(model.levels_of(model.encode(part).indices) for part in parts))]
-    return {
-        f"level_{number}": {
-            "codes": level[0].numel(),
-            **{name: value.item() for name, value in usage_and_perplexity(level, model.config.codebook_size).items()},
-        }
-        for number, level in enumerate(levels, 1)
-    }
-
-
-def compression(model, dataset, column: str, count: int) -> dict:
-    """Whole files of the first `count` pictures, at their own size and five qualities: means of bytes, bits per pixel, PSNR."""
-    from ..codec.compression import roundtrip
-
-    rows = {}
+def compression(model: Any, rows: Any, column: str, count: int) -> dict[str, Any]:
+    """Whole files of the first `count` images, at their own size and five qualities: means of bytes, bits per pixel,
+    PSNR."""
+    found = {}
     for quality in tqdm(QUALITIES, desc="compression", mininterval=1.0, leave=False):
-        pictures = (to_mode(open_image(dataset[i][column]), model.config.num_channels) for i in range(count))
-        results = torch.tensor([(size, 8 * size / pixels, psnr) for size, psnr, pixels in (roundtrip(model, p, quality) for p in pictures)])
-        rows[f"{quality:g}"] = dict(zip(("bytes", "bpp", "psnr"), results.double().mean(0).tolist()))
-    return {"images": count, "qualities": rows}
+        images = (to_mode(open_image(rows[i][column]), model.config.num_channels) for i in range(count))
+        files = [
+            (size, 8 * size / pixels, psnr) for size, psnr, pixels in (roundtrip(model, x, quality) for x in images)
+        ]
+        found[f"{quality:g}"] = dict(zip(("bytes", "bpp", "psnr"), torch.tensor(files).double().mean(0).tolist()))
+    return {"images": count, "qualities": found}
 
 
-def save_results(folder: Path, model, metrics: dict, rows: dict, dataset, images):
-    """metrics.json, pictures and the card. A task that was not asked for keeps its earlier result."""
-    old_path = folder / "metrics.json"
-    old = read_json(old_path)
+def generation(model: Any, data: Data, pixels: Tensor) -> tuple[dict[str, Any], Tensor]:
+    """The task `generation`: (metrics, generated images). `pixels` are those of the evaluated split."""
+    request, split = data.request, data.request.train_split
+    there = split in data.splits
+    require(there, f"generation needs training images to compare with: there is no split {split!r} (--train_split).")
+    classes = None if request.label_column is None else read_labels(data.splits, split, request.label_column)[0]
+    sampler = find_sampler(model, request.model, request.sampler, lambda: data.pixels(split), classes)
+    generator = model_generator(model, sampler)
+    labels, train_labels = (data.labels(s, request.label_column or "label") for s in (data.split, split))
+    network = load_feature_network(request.feature_network)
+    real, train = pixels.float() / 255, data.pixels(split, len(pixels)).float() / 255
+    labels = None if labels is None else labels[: len(real)]
+    train_labels = None if train_labels is None else train_labels[: len(train)]
+    metrics, images = measure_generation(generator, real, train, network, labels, train_labels)
+    return {**metrics, "features": request.feature_network or "hf_ae"}, images
+
+
+def save_results(
+    folder: Path, model: Any, metrics: dict[str, Any], rows: dict[str, Tensor], data: Data, pixels: Tensor
+) -> None:
+    """metrics.json, figures and the card. A task that was not asked for keeps its earlier result."""
+    old = read_json(folder / "metrics.json")
     if all(old.get(k) == metrics[k] for k in ("dataset", "split", "images", "binarized")):
         alone = "generation" in metrics and not any(task in metrics for task in TASKS[:-1])
-        metrics = {**old, **metrics, **({"command": old["command"]} if alone and "command" in old else {})}
-    old_path.write_text(json.dumps(metrics, indent=2, ensure_ascii=False) + "\n")
-    if len(rows) > 1:
+        command = {"command": old["command"]} if alone and "command" in old else {}
+        metrics = {**old, **metrics, **command}
+    write_json(folder / "metrics.json", metrics)
+    if rows:
         labelled_rows(rows, folder / "reconstructions.png")
-    if model.config.code_shape == [2]:
-        labels = dataset["label"][: len(images)] if "label" in dataset.column_names else []
-        labels = list(labels) if len(labels) == len(images) and all(isinstance(v, int) for v in labels) else None
-        draw_plane(model, images, labels, folder / "latent_plane.png")
+    if model.config.latent_shape == [2]:
+        labels = data.labels(data.split, "label")
+        draw_plane(model, pixels.float() / 255, labels, folder / "latent_plane.png")
     write_card(folder)
 
 
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
 @torch.no_grad()
-def draw_plane(model, images, labels: list[int] | None, path: Path, side: int = 25):
-    """The picture of a 2-d code: where test images lie, and what the decoder draws over the same region."""
+def draw_plane(model: Any, images: Tensor, labels: Tensor | None, path: Path, side: int = 25) -> None:
+    """The figure of 2-d latents: where test images lie, and what the decoder draws over the same region."""
     low, high = model.config.pixel_range
-    batches = images.split(batch_for(images[0].numel()))
-    codes = torch.cat([model.encode(x.to(model.device) * (high - low) + low).latents.cpu() for x in batches])
-    (x_low, y_low), (x_high, y_high) = codes.quantile(0.005, 0).tolist(), codes.quantile(0.995, 0).tolist()
-    xs, ys = torch.linspace(x_low, x_high, side), torch.linspace(y_high, y_low, side)
+    values = (x.to(model.device) * (high - low) + low for x in each_batch(images))
+    latents = torch.cat([model.encode(x).latents.cpu() for x in values])
+    (left, bottom), (right, top) = latents.quantile(0.005, 0).tolist(), latents.quantile(0.995, 0).tolist()
+    xs, ys = torch.linspace(left, right, side), torch.linspace(top, bottom, side)
     grid = torch.stack([xs.repeat(side), ys.repeat_interleave(side)], 1)
     decoded = (model.decode(grid.to(model.device)).sample.cpu() - low) / (high - low)
-    latent_plane(codes.numpy(), labels, decoded, (x_low, x_high, y_low, y_high), path)
+    classes = None if labels is None else labels[: len(latents)].tolist()
+    latent_plane(latents.numpy(), classes, decoded, (left, right, bottom, top), path)
+
+
+def summary(metrics: dict[str, Any]) -> str:
+    """The figures of an evaluation, a line each, for the screen."""
+    titles = {"reconstruction": "model", "pca": f"PCA, {metrics.get('code_size')}"}
+    titles |= {"denoising_input": "damaged", "denoising": "restored"}
+    lines = []
+    for row, title in titles.items():
+        if row in metrics:
+            lines.append(f"{title:10}" + "".join(f"  {name} {value:.5g}" for name, value in metrics[row].items()))
+    if bounds := metrics.get("likelihood"):
+        found = f"elbo {bounds['elbo']:.3f}  bound {bounds['log_likelihood_bound']:.3f} nats"
+        lines.append(f"likelihood  {found} ({bounds['model']}, {bounds['samples']} samples)")
+    for quality, v in metrics.get("compression", {}).get("qualities", {}).items():
+        sizes = f"{v['bytes']:.0f} bytes  {v['bpp']:.4f} bits per pixel"
+        lines.append(f"quality {quality:4}  {sizes}  PSNR {v['psnr']:.2f} dB")
+    if generated := metrics.get("generation"):
+        for title, row in (("generated", generated), ("real", generated["floor"])):
+            figures = (f"  {name} {value:.4g}" for name, value in row.items() if isinstance(value, float))
+            lines.append(f"{title:10}" + "".join(figures))
+    return "\n".join(lines)

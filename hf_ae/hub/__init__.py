@@ -1,0 +1,1 @@
+"""A folder as a Hub repository: the code it carries, its card, its check, its upload."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ from huggingface_hub import ModelCardData
 from huggingface_hub.repocard_data import EvalResult
 from safetensors.torch import load_file
 
-from .pipeline_folder import components, read_json
+from .files import read_json
+from .pipeline_folder import components
 
 METRIC_NAMES = {
     "mse": "MSE",
@@ -20,7 +22,6 @@ METRIC_NAMES = {
     "ssim": "SSIM",
     "log_likelihood_bound": "bound on log p(x) (nats)",
 }
-
 TITLES = {
     "hf_ae_autoencoder": "An autoencoder",
     "hf_ae_sparse": "A sparse autoencoder",
@@ -33,52 +34,50 @@ TITLES = {
     "hf_ae_vqvae": "A VQ-VAE",
     "hf_ae_vqvae2": "A VQ-VAE-2",
 }
+FIGURES = {
+    "reconstructions.png": "Held-out images and what becomes of them",
+    "samples.png": "Generated images",
+    "samples-of-captions.png": "Images drawn from captions of the dataset",
+    "rate_distortion.png": "Kodak's photos: quality against the size of the file",
+    "roundtrip.jpg": "An image through a file and back, beside other formats at that size",
+    "latent_plane.png": "The latent plane: latents of held-out images, and what the decoder draws all over it",
+}
+"""File -> caption."""
+GENERATION = {"fid": "FID", "kid": "KID × 1000"} | {n: n for n in ("precision", "recall", "density", "coverage")}
+RECIPES = (("recipe.yaml", "train", "## Training"), ("recipe-prior.yaml", "train_prior", "## Training of the prior"))
 
 
-def write_card(folder) -> Path:
-    """Write `folder`/README.md from what lies beside it: the configuration, recipe.yaml, metrics.json and pictures.
+def write_card(folder: str | Path) -> Path:
+    """Write `folder`/README.md from what lies beside it: the configuration, recipes, metrics.json and figures.
 
     A hand-written section "## Notes" of an earlier card is kept, and its licence.
     """
     folder = Path(folder)
-    is_pipeline, metrics = (folder / "model_index.json").is_file(), read_json(folder / "metrics.json")
-    recipe_path = folder / "recipe.yaml"
-    recipe = yaml.safe_load(recipe_path.read_text()) if recipe_path.is_file() else {}
-    dataset = recipe.get("dataset_name") or metrics.get("dataset")
-    name = folder.resolve().name
-    old = (folder / "README.md").read_text() if (folder / "README.md").is_file() else ""
-    notes = re.search(r"^## Notes\n.*", old, re.S | re.M)
-    front: dict[str, Any]
-    if is_pipeline:
-        front = dict(library_name="diffusers", pipeline_tag="text-to-image", tags=["hf_ae", "text-to-image", "latent-diffusion"])
-        sections = [pipeline_summary(dataset), *picture_section(folder), pipeline_use_section(name), components_section(folder)]
-        sections += [figures_section(metrics)] if metrics else []
-    else:
-        config = read_json(folder / "config.json")
-        tags = ["hf_ae", "autoencoder", config.get("model_type", "").removeprefix("hf_ae_")]
-        front = dict(license="apache-2.0", library_name="transformers", tags=tags)
-        front |= dict(model_name=name, eval_results=eval_results(metrics)) if metrics else {}
-        sections = [summary(config, dataset), *picture_section(folder), use_section(name)]
-        sections += [generate_section()] if config.get("prior_layers") else []
-        sections += [codec_section(name, metrics)] if config.get("model_type") == "hf_ae_compressive" else []
-        sections += [results_section(metrics)] if metrics else []
+    name, path = folder.resolve().name, folder / "README.md"
+    old = path.read_text() if path.is_file() else ""
+    recipes = {
+        file: yaml.safe_load((folder / file).read_text()) for file, _, _ in RECIPES if (folder / file).is_file()
+    }
+    metrics = read_json(folder / "metrics.json")
+    dataset = recipes.get("recipe.yaml", {}).get("dataset_name") or metrics.get("dataset")
+    is_pipeline = (folder / "model_index.json").is_file()
+    front, sections = (pipeline_card if is_pipeline else model_card)(folder, name, metrics, dataset)
     if license := front_matter(old).get("license"):
         front["license"] = license
     if dataset and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", dataset) and not Path(dataset).exists():
         front["datasets"] = [dataset]
-    if recipe:
-        sections.append(training_section(recipe, "train_latent_diffusion" if is_pipeline else "train"))
-    if (folder / "recipe-prior.yaml").is_file():
-        recipe = yaml.safe_load((folder / "recipe-prior.yaml").read_text())
-        sections.append(training_section(recipe, "train_prior", "## Training of the prior", "recipe-prior.yaml"))
-    if notes:
+    for file, script, title in RECIPES:
+        if file in recipes:
+            script = "train_latent_diffusion" if is_pipeline else script
+            text = yaml.safe_dump(recipes[file], sort_keys=False)
+            sections.append(f"{title}\n\n```\naccelerate launch -m hf_ae.{script} {file}\n```\n\n```yaml\n{text}```")
+    if notes := re.search(r"^## Notes\n.*", old, re.S | re.M):
         sections.append(notes.group(0).strip())
-    path = folder / "README.md"
     path.write_text(f"---\n{ModelCardData(**front).to_yaml()}\n---\n\n" + "\n\n".join([f"# {name}", *sections]) + "\n")
     return path
 
 
-def front_matter(card: str) -> dict:
+def front_matter(card: str) -> dict[str, Any]:
     """The fields at the top of a card, {} where there are none."""
     found = re.match(r"---\n(.*?)\n---\n", card, re.S)
     try:
@@ -88,38 +87,64 @@ def front_matter(card: str) -> dict:
     return fields if isinstance(fields, dict) else {}
 
 
-def summary(config: dict, dataset: str | None) -> str:
+def figures(folder: Path, captions: dict[str, str]) -> list[str]:
+    """The figures that are there."""
+    return [f"![{text}]({name})" for name, text in captions.items() if (folder / name).is_file()]
+
+
+def markdown_table(head: list[str], rows: list[list[str]], alignment: str = " ---: |") -> str:
+    """A table; its first column is aligned to the left, the others to the right."""
+    lines = ["| " + " | ".join(row) + " |" for row in (head, *rows)]
+    return "\n".join([lines[0], "| --- |" + alignment * (len(head) - 1), *lines[1:]])
+
+
+def printed_by(command: str) -> str:
+    return f"Printed by\n\n```\n{command}\n```"
+
+
+# A model
+
+
+def model_card(
+    folder: Path, name: str, metrics: dict[str, Any], dataset: str | None
+) -> tuple[dict[str, Any], list[str]]:
+    """(front matter, sections)."""
+    config = read_json(folder / "config.json")
+    kind = config.get("model_type", "")
+    tags = ["hf_ae", "autoencoder", kind.removeprefix("hf_ae_")]
+    front: dict[str, Any] = dict(license="apache-2.0", library_name="transformers", tags=tags)
+    front |= dict(model_name=name, eval_results=eval_results(metrics)) if metrics else {}
+    sections = [summary(config, dataset), *figures(folder, FIGURES), MODEL_USE.format(name=name)]
+    sections += [GENERATE_USE] if config.get("prior_layers") else []
+    sections += [CODEC_USE.format(name=name), *rivals(metrics)] if kind == "hf_ae_compressive" else []
+    return front, sections + ([results(metrics)] if metrics else [])
+
+
+def summary(config: dict[str, Any], dataset: str | None) -> str:
     """What the model is, in two sentences."""
-    height, width = config["image_size"] if isinstance(config["image_size"], list) else [config["image_size"]] * 2
-    code = f"{config['latent_dim']} numbers" if config["latent_dim"] else f"a map of {config['latent_channels']} channels"
+    size = config["image_size"]
+    height, width = size if isinstance(size, list) else [size] * 2
+    latents = (
+        f"{config['latent_dim']} values" if config["latent_dim"] else f"a map of {config['latent_channels']} channels"
+    )
     if config.get("codebook_size"):
-        code += f", each vector of it one of {config['codebook_size']} codewords"
-    kind = TITLES.get(config["model_type"], "An autoencoder")
-    about = f"{kind} (`{config['model_type']}`, network `{config['network']}`, {config['hidden_sizes']}) of {height}×{width} images"
-    text = f"{about} with {config['num_channels']} channel(s)" + (f", trained on `{dataset}`" if dataset else "")
-    text += f". Its code is {code}. Made with hf_ae: every autoencoder as a Hugging Face model."
+        latents += f", each vector of it one of {config['codebook_size']} codewords"
+    kind, trained = TITLES.get(config["model_type"], "An autoencoder"), f", trained on `{dataset}`" if dataset else ""
+    text = (
+        f"{kind} (`{config['model_type']}`, network `{config['network']}`, {config['hidden_sizes']}) of {height}×{width} "
+        f"images with {config['num_channels']} channel(s){trained}. Its latents are {latents}. Made with hf_ae: every "
+        "autoencoder as a Hugging Face model."
+    )
     if config.get("upsample") == "unpool":
         text += (
             "\n\nThe decoder also gets the positions of the maxima that the encoder's pooling kept (`pool_positions`): a "
-            "reconstruction uses more than the code alone, so its error is not comparable with models that decode the code alone."
+            "reconstruction uses more than the latents alone, so its error is not comparable with models that decode the "
+            "latents alone."
         )
     return text
 
 
-def picture_section(folder: Path) -> list[str]:
-    captions = {
-        "reconstructions.png": "Held-out images and what becomes of them",
-        "samples.png": "Pictures drawn from prompts" if (folder / "model_index.json").is_file() else "Generated pictures",
-        "samples-of-captions.png": "Pictures drawn from captions of the dataset",
-        "rate_distortion.png": "Kodak's photos: quality against the size of the file",
-        "roundtrip.jpg": "A picture through a file and back, beside other formats at that size",
-        "latent_plane.png": "The latent plane: codes of held-out images, and what the decoder draws all over it",
-    }
-    return [f"![{text}]({name})" for name, text in captions.items() if (folder / name).is_file()]
-
-
-def use_section(name: str) -> str:
-    return f"""## Use
+MODEL_USE = """## Use
 
 ```python
 import hf_ae  # registers the family; without it, load with trust_remote_code=True
@@ -132,127 +157,140 @@ inputs = processor("image.png", return_tensors="pt")
 encoded = model.encode(**inputs)  # .latents
 reconstruction = processor.postprocess(model(**inputs).reconstruction)[0]  # a PIL image
 ```"""
-
-
-def generate_section() -> str:
-    return """New pictures, of codes that the model's prior draws:
+GENERATE_USE = """New images, of codes that the model's prior draws:
 
 ```python
-pictures = processor.postprocess(model.generate(16, seed=0))  # labels=[…] asks for classes, by number or name
+images = processor.postprocess(model.generate(16, seed=0))  # labels=[…] asks for classes, by index or name
 ```"""
-
-
-def codec_section(name: str, metrics: dict) -> str:
-    text = f"""As an image codec (`pip install 'hf_ae[codec]'`):
+CODEC_USE = """As an image codec (`pip install 'hf_ae[codec]'`):
 
 ```python
-from hf_ae.codec.compression import compress, decompress
+from hf_ae.codec import compress, decompress
 
 data = compress(model, "image.png", quality=0.5)  # the bytes of an .hfae file; quality from 0 to 1
-picture = decompress(data, model)
+image = decompress(data, model)
 ```
 
-On the command line: `hf-ae compress image.png -o image.hfae --model {name}` and `hf-ae decompress image.hfae -o image.png`"""
-    return "\n\n".join([text, *rivals_section(metrics)])
+On the command line: `hf-ae compress image.png -o image.hfae --model {name}` and `hf-ae decompress image.hfae -o
+image.png`"""
 
 
-def rivals_section(metrics: dict) -> list[str]:
+def rivals(metrics: dict[str, Any]) -> list[str]:
     """Tables of what benchmarks/rate_distortion.py measured against other formats, [] where it did not."""
-    rivals, parts = ("JPEG", "WebP", "AVIF"), []
+    formats, parts = ("JPEG", "WebP", "AVIF"), []
     if kodak := metrics.get("kodak"):
-        keys = {"PSNR": "bd_rate_psnr_{}", "PSNR, headers stripped": "bd_rate_psnr_{}_stripped", "MS-SSIM": "bd_rate_ms_ssim_{}"}
-        lines = [f"| {name} | " + " | ".join(f"{kodak[key.format(r)]:+.1f} %" for r in rivals) + " |" for name, key in keys.items()]
-        head = "| bytes at equal | " + " | ".join(f"against {r}" for r in rivals) + " |\n| --- | ---: | ---: | ---: |\n"
-        parts.append(f"{kodak['pictures']} Kodak photos, 0.1 to 1.0 bits per pixel (BD-rate, whole files):\n\n{head}" + "\n".join(lines))
+        keys = {"PSNR": "psnr_{}", "PSNR, headers stripped": "psnr_{}_stripped", "MS-SSIM": "ms_ssim_{}"}
+        rows = [[n, *(f"{kodak[f'bd_rate_{key.format(f)}']:+.1f} %" for f in formats)] for n, key in keys.items()]
+        table = markdown_table(["bytes at equal", *(f"against {f}" for f in formats)], rows)
+        title = f"{kodak['pictures']} Kodak photos, 0.1 to 1.0 bits per pixel (BD-rate, whole files):"
+        parts.append(f"{title}\n\n{table}")
     for data in ("fashion", "emoji"):
-        lines = []
+        rows = []
         for row in metrics.get(data, {}).values():
-            cells = [f"{row['quality']:g}", f"{row['psnr']:.1f}", f"{row['bytes']:.0f}", *(f"{row[f'bytes_{r}']:.0f}" for r in rivals)]
-            cells += [f"{row['share_of_best']:.1%}", f"{row['share_of_best_stripped']:.1%}"]
-            lines.append("| " + " | ".join(cells) + " |")
-        if lines:
-            head = (
-                "| quality | PSNR (dB) | bytes | JPEG | WebP | AVIF | of the best | of the best, headers stripped |\n"
-                + "| ---: " * 8
-                + "|\n"
-            )
-            parts.append(f"Bytes of a file at the same PSNR, picture by picture, means:\n\n{head}" + "\n".join(lines))
+            sizes = [f"{row[key]:.0f}" for key in ("bytes", *(f"bytes_{f}" for f in formats))]
+            shares = [f"{row[key]:.1%}" for key in ("share_of_best", "share_of_best_stripped")]
+            rows.append([f"{row['quality']:g}", f"{row['psnr']:.1f}", *sizes, *shares])
+        if rows:
+            head = ["quality", "PSNR (dB)", "bytes", *formats, "of the best", "of the best, headers stripped"]
+            parts.append(f"Bytes of a file at the same PSNR, image by image, means:\n\n{markdown_table(head, rows)}")
     if speed := metrics.get("speed"):
+        low, high = speed["entropy_coding_overhead"]
         parts.append(
-            f"A {speed['picture']} photo is encoded in {speed['encode_s']:.2f} s and decoded in {speed['decode_s']:.2f} s with "
-            f"{speed['threads']} threads. Its symbols take {speed['entropy_coding_overhead'][0]:+.2%} to "
-            f"{speed['entropy_coding_overhead'][1]:+.2%} more bits than the model estimates. "
-            f"Decoding takes {speed['decoder_values']:,} of the {speed['all_values']:,} weights."
+            f"A {speed['picture']} photo is encoded in {speed['encode_s']:.2f} s and decoded in {speed['decode_s']:.2f} s "
+            f"with {speed['threads']} threads. Its symbols take {low:+.2%} to {high:+.2%} more bits than the model "
+            f"estimates. Decoding takes {speed['decoder_values']:,} of the {speed['all_values']:,} weights."
         )
-    command = "Printed by `benchmarks/rate_distortion.py` of the source repository."
-    return ["## Against other formats", *parts, command] if parts else []
+    printed = "Printed by `benchmarks/rate_distortion.py` of the source repository."
+    return ["## Against other formats", *parts, printed] if parts else []
 
 
-def results_section(metrics: dict) -> str:
-    """A table of each row of metrics.json."""
-    rows = [key for key in ("reconstruction", "pca", "denoising_input", "denoising") if key in metrics]
-    names = {"reconstruction": "this model", "pca": f"PCA, {metrics['code_size']} components",
-             "denoising_input": "damaged image, as it is", "denoising": "this model, from the damaged image"}  # fmt: skip
+def results(metrics: dict[str, Any]) -> str:
+    """Tables of what metrics.json holds."""
+    names = {
+        "reconstruction": "this model",
+        "pca": f"PCA, {metrics['code_size']} components",
+        "denoising_input": "damaged image, as it is",
+        "denoising": "this model, from the damaged image",
+    }
     columns = list(metrics.get("reconstruction", {}))
-    table = ["| | " + " | ".join(METRIC_NAMES[c] for c in columns) + " |", "| --- |" + " ---: |" * len(columns)]
-    table += [f"| {names[r]} | " + " | ".join(f"{metrics[r][c]:.4g}" for c in columns) + " |" for r in rows]
-    text = f"## Results\n\nOn {metrics['images']:,} images of split `{metrics['split']}` of `{metrics['dataset']}`:"
-    text += "\n\n" + "\n".join(table) if rows else ""
-    if "likelihood" in metrics:
-        bound = metrics["likelihood"]
-        text += (
-            f"\n\nLog-likelihood under {bound['model']}: evidence lower bound {bound['elbo']:.2f} nats, importance-weighted bound "
+    rows = [[title, *(f"{metrics[key][c]:.4g}" for c in columns)] for key, title in names.items() if key in metrics]
+    parts = [f"On {metrics['images']:,} images of split `{metrics['split']}` of `{metrics['dataset']}`:"]
+    parts += [markdown_table(["", *(METRIC_NAMES[c] for c in columns)], rows)] if rows else []
+    if bound := metrics.get("likelihood"):
+        parts.append(
+            f"Log-likelihood under {bound['model']}: evidence lower bound {bound['elbo']:.2f} nats, importance-weighted bound "
             f"{bound['log_likelihood_bound']:.2f} nats ({bound['samples']:,} samples, {bound['images']:,} images)."
         )
     for name, level in metrics.get("codes", {}).items():
-        text += f"\n\nCodes, {name.replace('_', ' ')}: {level['codes']} an image, {level['usage']:.1%} of the codewords in use, "
-        text += f"perplexity {level['perplexity']:.1f}."
-    if "compression" in metrics:
-        text += f"\n\nWhole files of {metrics['compression']['images']:,} pictures at their own size, means:\n\n"
-        text += "| quality | bytes | bits per pixel | PSNR (dB) |\n| ---: | ---: | ---: | ---: |\n"
-        qualities = metrics["compression"]["qualities"].items()
-        text += "\n".join(f"| {q} | {v['bytes']:,.0f} | {v['bpp']:.3f} | {v['psnr']:.2f} |" for q, v in qualities)
+        use = f"{level['usage']:.1%} of the codewords in use, perplexity {level['perplexity']:.1f}"
+        parts.append(f"Codes, {name.replace('_', ' ')}: {level['codes']} an image, {use}.")
+    if files := metrics.get("compression"):
+        head = ["quality", "bytes", "bits per pixel", "PSNR (dB)"]
+        measured = files["qualities"].items()
+        sizes = [[q, f"{v['bytes']:,.0f}", f"{v['bpp']:.3f}", f"{v['psnr']:.2f}"] for q, v in measured]
+        title = f"Whole files of {files['images']:,} images at their own size, means:"
+        parts += [title, markdown_table(head, sizes)]
     if rows or "likelihood" in metrics or "compression" in metrics:
-        text += f"\n\nPrinted by\n\n```\n{metrics['command']}\n```"
-    return text + (generation_table(metrics["generation"]) if "generation" in metrics else "")
+        parts.append(printed_by(metrics["command"]))
+    parts += generation(metrics["generation"]) if "generation" in metrics else []
+    return "\n\n".join(["## Results", *parts])
 
 
-def generation_table(found: dict) -> str:
-    """Generated pictures beside real ones of the training split, in the same features."""
+def generation(found: dict[str, Any]) -> list[str]:
+    """Generated images beside real ones of the training split, in the same features."""
     network = "the feature network of hf_ae" if found["features"] == "hf_ae" else f"`{found['features']}`"
-    columns = {
-        "fid": "FID",
-        "kid": "KID × 1000",
-        "precision": "precision",
-        "recall": "recall",
-        "density": "density",
-        "coverage": "coverage",
-    }
-    text = f"\n\nGenerated pictures ({found['images']:,}, sampled from: {found['sampler']}), in features of {network}; figures in other "
-    text += "features, such as Inception's, cannot be compared:\n\n"
-    text += "| | " + " | ".join(columns.values()) + " |\n| --- |" + " ---: |" * len(columns) + "\n"
-    for title, values in (("generated", found), ("real, of the training split", found["floor"])):
-        text += f"| {title} | " + " | ".join(f"{values[name]:.3g}" for name in columns) + " |\n"
-    text += f"\n{found['seconds_per_image'] * 1000:.3g} ms a picture."
-    if "asked_class" in found:
-        real = found["floor"]["asked_class"]
-        text += f" A classifier trained on generated pictures alone gets {found['classification_accuracy']:.1%} of the real ones right"
-        text += f", one trained on real ones {real:.1%}; that one gives {found['asked_class']:.1%} of the generated ones the class that "
-        text += "was asked for."
-    return text + f"\n\nPrinted by\n\n```\n{found['command']}\n```"
-
-
-def pipeline_summary(dataset: str | None) -> str:
-    trained = f", trained on `{dataset}`" if dataset else ""
-    return (
-        f"A latent-diffusion pipeline that draws pictures from prompts{trained}: a U-Net turns noise into a code, "
-        "guided by the text, and the decoder of an autoencoder turns the code into a picture. "
-        "Made with hf_ae: every autoencoder as a Hugging Face model."
+    title = (
+        f"Generated images ({found['images']:,}, sampled from: {found['sampler']}), in features of {network}; figures in "
+        "other features, such as Inception's, cannot be compared:"
     )
+    sides = {"generated": found, "real, of the training split": found["floor"]}
+    rows = [[name, *(f"{values[key]:.3g}" for key in GENERATION)] for name, values in sides.items()]
+    text = f"{found['seconds_per_image'] * 1000:.3g} ms an image."
+    if "asked_class" in found:
+        text += (
+            f" A classifier trained on generated images alone gets {found['classification_accuracy']:.1%} of the real ones "
+            f"right, one trained on real ones {found['floor']['asked_class']:.1%}; that one gives {found['asked_class']:.1%} "
+            "of the generated ones the class that was asked for."
+        )
+    return [title, markdown_table(["", *GENERATION.values()], rows), text, printed_by(found["command"])]
 
 
-def pipeline_use_section(name: str) -> str:
-    return f"""## Use
+def eval_results(metrics: dict[str, Any]) -> list[EvalResult]:
+    """metrics.json -> the card's model-index."""
+    values = {**metrics.get("reconstruction", {})}
+    if "likelihood" in metrics:
+        values["log_likelihood_bound"] = metrics["likelihood"]["log_likelihood_bound"]
+    task: dict[str, Any] = dict(task_type="image-reconstruction", task_name="Image reconstruction")
+    data = metrics["dataset"]
+    task |= dict(dataset_type=data, dataset_name=data, dataset_split=metrics["split"])
+    each = ((key, METRIC_NAMES[key], round(value, 6)) for key, value in values.items())
+    return [EvalResult(**task, metric_type=key, metric_name=name, metric_value=value) for key, name, value in each]
+
+
+# A pipeline
+
+
+def pipeline_card(
+    folder: Path, name: str, metrics: dict[str, Any], dataset: str | None
+) -> tuple[dict[str, Any], list[str]]:
+    """(front matter, sections)."""
+    front = dict(
+        library_name="diffusers", pipeline_tag="text-to-image", tags=["hf_ae", "text-to-image", "latent-diffusion"]
+    )
+    summary = (
+        f"A latent-diffusion pipeline that draws images from prompts{f', trained on `{dataset}`' if dataset else ''}: a "
+        "U-Net turns noise into latents, guided by the text, and the decoder of an autoencoder turns the latents into an "
+        "image. Made with hf_ae: every autoencoder as a Hugging Face model."
+    )
+    captions = FIGURES | {"samples.png": "Images drawn from prompts"}
+    sections = [summary, *figures(folder, captions), PIPELINE_USE.format(name=name), component_table(folder)]
+    if metrics:
+        table = markdown_table(["", ""], [*all_figures(metrics)])
+        sections += ["## Results", table, *([printed_by(metrics["command"])] if "command" in metrics else [])]
+    return front, sections
+
+
+PIPELINE_USE = """## Use
 
 ```python
 from hf_ae.pipelines import TextToImagePipeline
@@ -273,51 +311,24 @@ pipe = DiffusionPipeline.from_pretrained(repo, trust_remote_code=True)
 On the command line: `hf-ae generate "a slice of pizza" --model {name} -o pizza.png`"""
 
 
-def components_section(folder: Path) -> str:
+def component_table(folder: Path) -> str:
     """A table of a pipeline's components; sizes are those of the stored tensors."""
     rows = []
     for name, (library, class_name) in components(folder).items():
         tensors = [t for path in (folder / name).glob("*.safetensors") for t in load_file(path).values()]
         count, dtypes = sum(t.numel() for t in tensors), {str(t.dtype).removeprefix("torch.") for t in tensors}
-        source = "hf_ae" if library == "pipeline" or library.startswith("modeling_hf_ae_") else library
-        rows.append(f"| `{name}` | {source} `{class_name}` | {f'{count:,}' if tensors else ''} | {', '.join(sorted(dtypes))} |")
-    return "## Components\n\n| | class | parameters | stored as |\n| --- | --- | ---: | --- |\n" + "\n".join(rows)
+        source = library if library in ("diffusers", "transformers") else "hf_ae"
+        row = [f"`{name}`", f"{source} `{class_name}`", f"{count:,}" if tensors else "", ", ".join(sorted(dtypes))]
+        rows.append(row)
+    lines = "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    return f"## Components\n\n| | class | parameters | stored as |\n| --- | --- | ---: | --- |\n{lines}"
 
 
-def figures_section(metrics: dict) -> str:
-    """A table of all numbers and texts that metrics.json holds."""
-
-    def rows(values: dict, prefix: str = ""):
-        for key, value in values.items():
-            title = f"{prefix}{key.replace('_', ' ')}"
-            if isinstance(value, dict):
-                yield from rows(value, f"{title}: ")
-            elif key != "command" and not isinstance(value, list):
-                yield f"| {title} | {f'{value:.4g}' if isinstance(value, float) else value} |"
-
-    text = "## Results\n\n| | |\n| --- | ---: |\n" + "\n".join(rows(metrics))
-    return text + (f"\n\nPrinted by\n\n```\n{metrics['command']}\n```" if "command" in metrics else "")
-
-
-def training_section(recipe: dict, script: str, title: str = "## Training", file: str = "recipe.yaml") -> str:
-    return f"{title}\n\n```\naccelerate launch -m hf_ae.{script} {file}\n```\n\n```yaml\n" + yaml.safe_dump(recipe, sort_keys=False) + "```"
-
-
-def eval_results(metrics: dict) -> list[EvalResult]:
-    """metrics.json -> the card's model-index."""
-    values = {**metrics.get("reconstruction", {})}
-    if "likelihood" in metrics:
-        values["log_likelihood_bound"] = metrics["likelihood"]["log_likelihood_bound"]
-    return [
-        EvalResult(
-            task_type="image-reconstruction",
-            task_name="Image reconstruction",
-            dataset_type=metrics["dataset"],
-            dataset_name=metrics["dataset"],
-            dataset_split=metrics["split"],
-            metric_type=key,
-            metric_name=METRIC_NAMES[key],
-            metric_value=round(value, 6),
-        )
-        for key, value in values.items()
-    ]
+def all_figures(values: dict[str, Any], prefix: str = "") -> Iterator[list[str]]:
+    """A row for each number and text that metrics.json holds."""
+    for key, value in values.items():
+        title = f"{prefix}{key.replace('_', ' ')}"
+        if isinstance(value, dict):
+            yield from all_figures(value, f"{title}: ")
+        elif key != "command" and not isinstance(value, list):
+            yield [title, f"{value:.4g}" if isinstance(value, float) else str(value)]

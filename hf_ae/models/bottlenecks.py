@@ -1,8 +1,11 @@
-"""What happens to the code between encoder and decoder."""
+"""What happens to the latents between encoder and decoder."""
 
 from __future__ import annotations
 
+import math
+
 import torch
+from torch import Tensor
 
 
 class DiagonalGaussian:
@@ -12,51 +15,52 @@ class DiagonalGaussian:
     (batch, 2·latent_channels, height, width). Log-variances are limited to [-30, 20].
     """
 
-    def __init__(self, parameters: torch.Tensor):
+    def __init__(self, parameters: Tensor) -> None:
         self.mean, logvar = parameters.chunk(2, dim=1)
         self.logvar = logvar.clamp(-30.0, 20.0)
 
     @property
-    def std(self) -> torch.Tensor:
+    def std(self) -> Tensor:
+        """Standard deviations, like the means."""
         return torch.exp(0.5 * self.logvar)
 
-    def sample(self, generator: torch.Generator | None = None) -> torch.Tensor:
+    def sample(self, generator: torch.Generator | None = None) -> Tensor:
         """mean + std·ε with ε ~ N(0, 1): the reparameterization that lets gradients through."""
-        where = generator.device if generator is not None else self.mean.device
-        noise = torch.randn(self.mean.shape, generator=generator, device=where, dtype=self.mean.dtype)
+        device = generator.device if generator is not None else self.mean.device
+        noise = torch.randn(self.mean.shape, generator=generator, device=device, dtype=self.mean.dtype)
         return self.mean + self.std * noise.to(self.mean.device)
 
-    def mode(self) -> torch.Tensor:
-        """The most probable code, which is the mean."""
+    def mode(self) -> Tensor:
+        """The most probable latents, which are the mean."""
         return self.mean
 
-    def kl(self) -> torch.Tensor:
-        """KL(q ‖ N(0, 1)) in nats, summed over the code: (batch,). Appendix B of Kingma and Welling."""
+    def kl(self) -> Tensor:
+        """KL(q ‖ N(0, 1)) in nats, summed over the latents: (batch,). Appendix B of Kingma and Welling."""
         mean, logvar = self.mean.float(), self.logvar.float()
         return 0.5 * (mean.square() + logvar.exp() - 1.0 - logvar).flatten(1).sum(1)
 
-    def log_prob(self, z: torch.Tensor) -> torch.Tensor:
+    def log_prob(self, z: Tensor) -> Tensor:
         """log q(z) in nats of each value of `z`, in the shape that `z` and the mean broadcast to."""
         return gaussian_log_prob(z, self.mean, self.logvar)
 
 
-def gaussian_log_prob(z: torch.Tensor, mean, logvar) -> torch.Tensor:
+def gaussian_log_prob(z: Tensor, mean: Tensor | float, logvar: Tensor | float) -> Tensor:
     """log N(z; mean, exp(logvar)), value by value, in nats."""
     logvar = torch.as_tensor(logvar, dtype=z.dtype, device=z.device)
-    return -0.5 * (1.8378770664093453 + logvar + (z - mean).square() * torch.exp(-logvar))
+    return -0.5 * (math.log(2 * math.pi) + logvar + (z - mean).square() * torch.exp(-logvar))
 
 
-def total_correlation_terms(z: torch.Tensor, posterior: DiagonalGaussian, dataset_size: int) -> dict[str, torch.Tensor]:
+def total_correlation_terms(z: Tensor, posterior: DiagonalGaussian, dataset_size: int) -> dict[str, Tensor]:
     """KL(q(z|x) ‖ p(z)), averaged over the data, in three parts (Chen et al. 2018, equation 2).
 
     mutual information I(x; z) + total correlation KL(q(z) ‖ Π q(z_j)) + dimension-wise KL Σ KL(q(z_j) ‖ p(z_j)).
     q(z) is estimated by minibatch stratified sampling (their appendix C.2): `z` (batch, latent_dim) are samples of
     `posterior`, drawn from a data set of `dataset_size` images. Returns three scalars in nats.
     """
-    n, size = len(z), max(dataset_size, len(z))
+    batch = len(z)
     log_q_zx = posterior.log_prob(z).sum(1)
     pairs = gaussian_log_prob(z[:, None], posterior.mean[None], posterior.logvar[None])  # (sample, image, latent_dim)
-    log_weights = stratified_log_weights(n, size, z.device)
+    log_weights = stratified_log_weights(batch, max(dataset_size, batch), z.device)
     log_q_z = torch.logsumexp(log_weights + pairs.sum(2), dim=1)
     log_q_each = torch.logsumexp(log_weights[..., None] + pairs, dim=1).sum(1)
     log_p = gaussian_log_prob(z, 0.0, 0.0).sum(1)
@@ -67,10 +71,10 @@ def total_correlation_terms(z: torch.Tensor, posterior: DiagonalGaussian, datase
     }
 
 
-def stratified_log_weights(batch: int, dataset_size: int, device=None) -> torch.Tensor:
-    """log w[i, j]: how much image j stands for in an estimate of q(z_i), (batch, batch). Rows sum to 1 (nearly).
+def stratified_log_weights(batch: int, dataset_size: int, device: torch.device | None = None) -> Tensor:
+    """log w[i, j]: the weight of image j in an estimate of q(z_i), (batch, batch). Rows sum to 1 (almost).
 
-    An image stands for itself alone (1/N), one other for all that the batch does not hold, the rest for 1/M each.
+    An image represents itself alone (1/N), one other all that the batch does not hold, the rest 1/M each.
     """
     if batch == 1:
         return torch.zeros(1, 1, device=device)

@@ -1,38 +1,42 @@
-"""What denoising removes. Each takes and returns pixel values (batch, channels, height, width) in [low, high]."""
+"""What denoising removes."""
 
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 LUMA = (0.299, 0.587, 0.114)
 """Weights of red, green and blue in gray: ITU-R BT.601."""
 
 
-def corrupt(x: torch.Tensor, kind: str, level: float, low: float = 0.0, high: float = 1.0, generator=None) -> torch.Tensor:
-    """Damage `x`.
+def corrupt(
+    x: Tensor,
+    kind: str,
+    level: float,
+    low: float = 0.0,
+    high: float = 1.0,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Damage pixel values `x` (batch, channels, height, width) in [low, high]; the result has their shape and range.
 
-    gaussian: add noise of standard deviation level·(high − low), and limit to the range. masking: a share `level` of the
-    pixels becomes `low`. salt_pepper: a share `level` becomes `low` or `high`, half each. low_resolution: average over
-    level×level pixels, enlarged again. grayscale: luma in all three channels. A masked pixel is hit in every channel.
+    gaussian: add noise of standard deviation level·(high − low), and limit to the range. masking: a fraction `level`
+    of the pixels becomes `low`. salt_pepper: a fraction `level` becomes `low` or `high`, half each. low_resolution:
+    average over level×level pixels, enlarged again. grayscale: luma in all three channels. A masked pixel is hit in
+    every channel. Raises ValueError for another kind.
     """
     if kind == "gaussian":
         noise = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
         return (x + level * (high - low) * noise).clamp(low, high)
-    if kind == "masking":
-        return x.masked_fill(_dice(x, generator) < level, low)
-    if kind == "salt_pepper":
-        dice = _dice(x, generator)
-        return x.masked_fill(dice < level, low).masked_fill(dice < level / 2, high)
+    if kind in ("masking", "salt_pepper"):
+        uniform = torch.rand(x[:, :1].shape, generator=generator, device=x.device)  # one number for each pixel
+        x = x.masked_fill(uniform < level, low)
+        return x if kind == "masking" else x.masked_fill(uniform < level / 2, high)
     if kind == "low_resolution":
         small = F.avg_pool2d(x, int(level), ceil_mode=True, count_include_pad=False)
         return F.interpolate(small, scale_factor=float(level), mode="nearest")[..., : x.shape[-2], : x.shape[-1]]
     if kind == "grayscale":
         weights = torch.tensor(LUMA, dtype=x.dtype, device=x.device).view(1, 3, 1, 1)
         return (x * weights).sum(1, keepdim=True).expand_as(x)
-    raise ValueError(f"corruption {kind!r} is not known: write gaussian, masking, salt_pepper, low_resolution or grayscale.")
-
-
-def _dice(x: torch.Tensor, generator) -> torch.Tensor:
-    """One uniform number for each pixel: (batch, 1, height, width)."""
-    return torch.rand(x[:, :1].shape, generator=generator, device=x.device)
+    known = "gaussian, masking, salt_pepper, low_resolution or grayscale"
+    raise ValueError(f"corruption {kind!r} is not known: write {known}.")

@@ -4,61 +4,68 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 
 class PatchGAN(nn.Module):
-    """pixels in [-1, 1] (batch, channels, height, width) -> (logits, features): is each patch real? (Isola et al. 2017)
+    """pixels in [-1, 1] (batch, channels, height, width) -> logits of each patch being real, features.
 
-    4×4 convolutions that halve, with leaky ReLU, then one logit a position: (batch, 1, height / 2^levels, width / 2^levels).
-    `features` is the last map before the logits. Group norm stands where theirs has batch norm: with that, an image's logits
-    would depend on the others of its batch, and on how many processes share it.
+    Isola et al. 2017: 4×4 convolutions that halve, with leaky ReLU, then one logit a position: (batch, 1,
+    height / 2^levels, width / 2^levels). `features` is the last map before the logits. Group norm replaces their batch
+    norm, with which an image's logits would depend on the others of its batch, and so on the number of processes.
     """
 
-    def __init__(self, num_channels: int, hidden_sizes: list[int]):
+    def __init__(self, num_channels: int, hidden_sizes: list[int]) -> None:
         super().__init__()
         layers: list[nn.Module] = []
         for level, (inputs, outputs) in enumerate(pairwise([num_channels, *hidden_sizes])):
-            layers += [nn.Conv2d(inputs, outputs, 4, 2, 1)]
-            layers += [nn.GroupNorm(math.gcd(outputs, 8), outputs)] if level else []
-            layers += [nn.LeakyReLU(0.2)]
-        self.layers, self.to_logits = nn.Sequential(*layers), nn.Conv2d(hidden_sizes[-1], 1, 3, padding=1)
+            layers.append(nn.Conv2d(inputs, outputs, 4, 2, 1))
+            if level > 0:
+                layers.append(nn.GroupNorm(math.gcd(outputs, 8), outputs))
+            layers.append(nn.LeakyReLU(0.2))
+        self.layers = nn.Sequential(*layers)
+        self.to_logits = nn.Conv2d(hidden_sizes[-1], 1, 3, padding=1)
 
-    def forward(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         features = self.layers(pixels)
         return self.to_logits(features), features
 
 
-def discriminator_loss(kind: str, real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
-    """Logits of real and of generated pictures -> what the discriminator minimises. hinge: ½E[max(0, 1 - real)] +
-    ½E[max(0, 1 + fake)]. non_saturating: the mean binary cross-entropy, in nats."""
+def discriminator_loss(kind: str, real: Tensor, fake: Tensor) -> Tensor:
+    """Logits of real and of generated images -> what the discriminator minimises, a scalar.
+
+    hinge: ½E[max(0, 1 - real)] + ½E[max(0, 1 + fake)] (Lim and Ye 2017). non_saturating: the mean binary
+    cross-entropy, in nats (Goodfellow et al. 2014).
+    """
     real, fake = real.float(), fake.float()
     if kind == "hinge":
         return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
     return 0.5 * (F.softplus(-real).mean() + F.softplus(fake).mean())
 
 
-def generator_loss(kind: str, fake: torch.Tensor) -> torch.Tensor:
-    """Logits of generated pictures -> what the generator minimises: -E[fake] (hinge) or -E[log sigmoid(fake)]."""
+def generator_loss(kind: str, fake: Tensor) -> Tensor:
+    """Logits of generated images -> what the generator minimises: -E[fake] (hinge) or -E[log sigmoid(fake)]."""
     return -fake.float().mean() if kind == "hinge" else F.softplus(-fake.float()).mean()
 
 
-def frozen(module: nn.Module, *inputs):
+def frozen(module: nn.Module, *inputs: Tensor) -> Any:
     """`module(*inputs)` with gradients for the inputs, none for its weights."""
     weights = {name: tensor.detach() for name, tensor in [*module.named_parameters(), *module.named_buffers()]}
     return torch.func.functional_call(module, weights, inputs)
 
 
-def adaptive_weight(reference: torch.Tensor, adversarial: torch.Tensor, last_layer: torch.Tensor) -> torch.Tensor:
+def adaptive_weight(reference: Tensor, adversarial: Tensor, last_layer: Tensor) -> Tensor:
     """λ = ‖∇ reference‖ / (‖∇ adversarial‖ + 10⁻⁶), gradients at the weights of the decoder's last layer, at most 10⁴.
 
     Esser et al. 2021, equation 7. With several processes, of the gradients averaged over them: all get the same λ, the
     one of a single process with the whole batch.
     """
-    gradients = torch.stack([torch.autograd.grad(term, last_layer, retain_graph=True)[0].float() for term in (reference, adversarial)])
+    each = (torch.autograd.grad(term, last_layer, retain_graph=True)[0] for term in (reference, adversarial))
+    gradients = torch.stack([gradient.float() for gradient in each])
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.all_reduce(gradients)  # a sum: the factor cancels
         gradients = gradients / torch.distributed.get_world_size()

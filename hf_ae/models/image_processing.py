@@ -4,26 +4,33 @@ from __future__ import annotations
 
 import io
 import os
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
 from torch.nn import functional as F
 from transformers.image_processing_backends import PilBackend
 from transformers.image_processing_base import BatchFeature
 from transformers.processing_utils import ImagesKwargs
+
+from .configuration_autoencoder import AutoencoderConfig
 
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 """Pillow's mode for a number of channels."""
 
 
 class AutoencoderImageProcessorKwargs(ImagesKwargs, total=False):
+    """What the processor is made with, beside transformers' own fields."""
+
     num_channels: int
     pixel_range: list[float]
 
 
 class AutoencoderImageProcessor(PilBackend):
-    """Images -> `pixel_values` (batch, num_channels, height, width), float32 in `pixel_range`; `postprocess` goes back.
+    """Images -> `pixel_values` (batch, num_channels, height, width), float32 in `pixel_range`, and back again.
 
     Takes one image or a list: paths, encoded bytes, PIL images of any mode (palette, 16-bit and CMYK too; transparency
     is laid on white unless `num_channels=4`; EXIF rotation is applied), and arrays or tensors, channels first or last:
@@ -40,31 +47,44 @@ class AutoencoderImageProcessor(PilBackend):
     _auto_class = "AutoImageProcessor"
 
     @classmethod
-    def from_config(cls, config) -> AutoencoderImageProcessor:
+    def from_config(cls, config: AutoencoderConfig) -> AutoencoderImageProcessor:
         """The processor that fits a model's configuration."""
-        height, width = config.image_hw
-        fields = {"num_channels": config.num_channels, "pixel_range": list(config.pixel_range)}
-        return cls(size={"height": height, "width": width}, **fields)
+        size = dict(zip(("height", "width"), config.image_hw))
+        fields: dict[str, Any] = {"num_channels": config.num_channels, "pixel_range": list(config.pixel_range)}
+        return cls(size=size, **fields)
 
-    def preprocess(self, images, return_tensors: str | None = "pt", size=None, do_resize: bool | None = None, **kwargs) -> BatchFeature:
-        """Images -> BatchFeature with `pixel_values`. `do_resize=False` keeps the size (images must then share one)."""
+    def preprocess(
+        self,
+        images: Any,
+        return_tensors: str | None = "pt",
+        size: int | dict[str, int] | None = None,
+        do_resize: bool | None = None,
+        **kwargs: Any,
+    ) -> BatchFeature:
+        """Images -> BatchFeature with `pixel_values`. Raises ValueError for what is no image or does not fit.
+
+        `size`: a number for height and width or {"height": …, "width": …}, default: that of the processor.
+        `do_resize=False` keeps the size (images must then have one size).
+        """
         if kwargs:
-            raise ValueError(f"The image processor takes no {', '.join(kwargs)}: it takes images, return_tensors, size and do_resize.")
+            known = "images, return_tensors, size and do_resize"
+            raise ValueError(f"The image processor takes no {', '.join(kwargs)}: it takes {known}.")
         images = images if isinstance(images, list | tuple) else [images]
-        if len(images) == 1 and isinstance(images[0], np.ndarray | torch.Tensor) and images[0].ndim == 4:
+        if len(images) == 1 and isinstance(images[0], np.ndarray | Tensor) and images[0].ndim == 4:
             images = list(images[0])
         if not images:
             raise ValueError("No image was given.")
         target = self.target_size(size) if (self.do_resize if do_resize is None else do_resize) else None
         pixels = [torch.from_numpy(self.to_array(image, target)) for image in images]
         if len({p.shape for p in pixels}) > 1:
-            raise ValueError(f"With do_resize=False all images must have one size, not {sorted({tuple(p.shape[1:]) for p in pixels})}.")
+            sizes = sorted({tuple(p.shape[1:]) for p in pixels})
+            raise ValueError(f"With do_resize=False all images must have one size, not {sizes}.")
         low, high = self.pixel_range
         values = torch.stack([p.float() / 255 if p.dtype == torch.uint8 else p for p in pixels]) * (high - low) + low
         return BatchFeature({"pixel_values": values}, tensor_type=return_tensors)
 
-    def target_size(self, size=None) -> tuple[int, int]:
-        """(height, width) that images are brought to."""
+    def target_size(self, size: int | dict[str, int] | None = None) -> tuple[int, int]:
+        """(height, width) that images are brought to. Raises ValueError for a size that has not both."""
         size = self.size if size is None else size
         if isinstance(size, int):
             return size, size
@@ -73,20 +93,20 @@ class AutoencoderImageProcessor(PilBackend):
         except (KeyError, TypeError):
             raise ValueError(f"size={size!r} must be one number, or {{'height': …, 'width': …}}.") from None
 
-    def to_array(self, image, target: tuple[int, int] | None) -> np.ndarray:
+    def to_array(self, image: Any, target: tuple[int, int] | None) -> NDArray[Any]:
         """One image -> (num_channels, height, width): uint8 from an 8-bit image, float32 in 0…1 from other arrays."""
-        if isinstance(image, np.ndarray | torch.Tensor):
-            array = array_to_channels(image, self.num_channels)
-            return fit_array(array, target)
+        if isinstance(image, np.ndarray | Tensor):
+            return fit_array(array_to_channels(image, self.num_channels), target)
         image = to_mode(open_image(image), self.num_channels)
         if target is not None and image.size != target[::-1]:
             image = ImageOps.fit(image, target[::-1], Image.Resampling.BICUBIC)
         array = np.array(image)
         return array[None] if array.ndim == 2 else np.ascontiguousarray(array.transpose(2, 0, 1))
 
-    def postprocess(self, pixel_values: torch.Tensor, output_type: str = "pil"):
+    def postprocess(self, pixel_values: Tensor, output_type: str = "pil") -> Any:
         """pixel_values in `pixel_range` -> list of PIL images (`pil`), array (batch, height, width, channels) in 0…1
-        (`np`), or tensor (batch, channels, height, width) in 0…1 (`pt`). Values out of range are limited."""
+        (`np`), or tensor (batch, channels, height, width) in 0…1 (`pt`). Values out of range are limited. Raises
+        ValueError for another output_type, and for PIL images of other than 1, 3 or 4 channels."""
         low, high = self.pixel_range
         values = ((pixel_values.detach().float().cpu() - low) / (high - low)).clamp(0, 1)
         if output_type == "pt":
@@ -102,8 +122,8 @@ class AutoencoderImageProcessor(PilBackend):
         return [Image.fromarray(a[..., 0] if a.shape[-1] == 1 else a, MODES[self.num_channels]) for a in bytes_]
 
 
-def open_image(image) -> Image.Image:
-    """A path, encoded bytes or a PIL image -> a PIL image, turned as its EXIF entry says. Raises ValueError."""
+def open_image(image: Any) -> Image.Image:
+    """A path, encoded bytes or a PIL image -> a PIL image, turned as its EXIF entry asks. Raises ValueError."""
     name = "The image"
     try:
         if isinstance(image, bytes):
@@ -112,7 +132,8 @@ def open_image(image) -> Image.Image:
             name = str(image)
             image = Image.open(image)
         elif not isinstance(image, Image.Image):
-            raise ValueError(f"{type(image).__name__} is not an image: give a path, bytes, a PIL image, an array or a tensor.")
+            known = "a path, bytes, a PIL image, an array or a tensor"
+            raise ValueError(f"{type(image).__name__} is not an image: give {known}.")
         image.load()
         return ImageOps.exif_transpose(image)
     except FileNotFoundError:
@@ -124,38 +145,65 @@ def open_image(image) -> Image.Image:
 
 
 def to_mode(image: Image.Image, num_channels: int) -> Image.Image:
-    """PIL image of any mode -> L, RGB or RGBA. 16-bit gray is scaled to 8 bits; transparency is laid on white."""
+    """PIL image of any mode -> L, RGB or RGBA. 16-bit gray is scaled to 8 bits; transparency is laid on white. Raises
+    ValueError for other than 1, 3 or 4 channels."""
     if num_channels not in MODES:
-        raise ValueError(f"num_channels={num_channels} takes arrays or tensors only: PIL images have 1, 3 or 4 channels.")
+        message = f"num_channels={num_channels} takes arrays or tensors only: PIL images have 1, 3 or 4 channels."
+        raise ValueError(message)
     if image.mode in ("I;16", "I;16B", "I;16L", "I", "F"):
-        values = np.asarray(image, dtype=np.float32)
-        top = 1.0 if image.mode == "F" and values.max() <= 1 else (255.0 if values.max() <= 255 and image.mode != "I;16" else 65535.0)
-        image = Image.fromarray((values / top * 255).round().clip(0, 255).astype(np.uint8))
-    transparent = image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info
-    if transparent and num_channels != 4:
+        image = to_8_bits(image)
+    if image.has_transparency_data and num_channels != 4:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image if image.mode == MODES[num_channels] else image.convert(MODES[num_channels])
 
 
-def array_to_channels(array, num_channels: int) -> np.ndarray:
-    """Array or tensor, channels first or last or none -> (num_channels, height, width), uint8 or float32 in 0…1."""
-    array = array.detach().cpu().numpy() if isinstance(array, torch.Tensor) else array
+def to_8_bits(image: Image.Image) -> Image.Image:
+    """Gray image of 16 or 32 bits or floats -> L. White is 1 (floats up to 1), 255 (values up to 255) or 65535."""
+    values = np.asarray(image, dtype=np.float32)
+    if image.mode == "F" and values.max() <= 1:
+        white = 1.0
+    elif image.mode != "I;16" and values.max() <= 255:
+        white = 255.0
+    else:
+        white = 65535.0
+    return Image.fromarray((values / white * 255).round().clip(0, 255).astype(np.uint8))
+
+
+def array_to_channels(array: NDArray[Any] | Tensor, num_channels: int) -> NDArray[Any]:
+    """Array or tensor, channels first or last or none -> (num_channels, height, width), uint8 or float32 in 0…1.
+
+    Raises ValueError for another number of channels, and as `to_unit_range`.
+    """
+    array = array.detach().cpu().numpy() if isinstance(array, Tensor) else array
     array = array[None] if array.ndim == 2 else array
     if array.dtype == np.bool_:
         array = array.astype(np.uint8) * 255
-    elif np.issubdtype(array.dtype, np.integer) and array.dtype != np.uint16 and array.size and array.min() >= 0 and array.max() <= 255:
+    elif (
+        np.issubdtype(array.dtype, np.integer)
+        and array.dtype != np.uint16
+        and array.size
+        and 0 <= array.min() <= array.max() <= 255
+    ):
         array = array.astype(np.uint8)
-    if array.ndim == 3 and array.shape[0] not in (num_channels, 1, 3, 4) and array.shape[-1] in (num_channels, 1, 3, 4):
-        array = array.transpose(2, 0, 1)
-    given = array.shape[0]
-    if array.dtype == np.uint8 and array.ndim == 3 and given in MODES and num_channels in MODES and given != num_channels:
-        image = Image.fromarray(array.transpose(1, 2, 0).squeeze(), MODES[given])
-        array = np.atleast_3d(np.asarray(to_mode(image, num_channels))).transpose(2, 0, 1)
-    if array.ndim == 3 and array.shape[0] == 1 and num_channels == 3:
-        array = array.repeat(3, axis=0)
+    if array.ndim == 3:
+        counts = (num_channels, 1, 3, 4)
+        if array.shape[0] not in counts and array.shape[-1] in counts:
+            array = array.transpose(2, 0, 1)
+        given = array.shape[0]
+        if array.dtype == np.uint8 and given in MODES and num_channels in MODES and given != num_channels:
+            image = Image.fromarray(array.transpose(1, 2, 0).squeeze(), MODES[given])
+            array = np.atleast_3d(np.asarray(to_mode(image, num_channels))).transpose(2, 0, 1)
+        if array.shape[0] == 1 and num_channels == 3:
+            array = array.repeat(3, axis=0)
     if array.ndim != 3 or array.shape[0] != num_channels:
-        raise ValueError(f"An image array of shape {array.shape} has not {num_channels} channels, which this model takes.")
+        shape = f"An image array of shape {array.shape}"
+        raise ValueError(f"{shape} has not {num_channels} channels, which this model takes.")
+    return to_unit_range(array)
+
+
+def to_unit_range(array: NDArray[Any]) -> NDArray[Any]:
+    """uint8 stays, uint16 and floats -> float32 in 0…1. Raises ValueError for other types and other ranges."""
     if array.dtype == np.uint8:
         return np.ascontiguousarray(array)
     if array.dtype == np.uint16:
@@ -167,8 +215,9 @@ def array_to_channels(array, num_channels: int) -> np.ndarray:
     return array.astype(np.float32).clip(0, 1)
 
 
-def fit_array(array: np.ndarray, target: tuple[int, int] | None) -> np.ndarray:
-    """Scale (channels, height, width) to cover `target`, and crop to its centre."""
+def fit_array(array: NDArray[Any], target: tuple[int, int] | None) -> NDArray[Any]:
+    """Scale (channels, height, width) to cover `target`, and crop to its centre: float32 in 0…1. An array of that size
+    stays as it is, as with a `target` of None."""
     if target is None or array.shape[1:] == target:
         return array
     scale = max(t / s for t, s in zip(target, array.shape[1:]))

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
-from transformers.utils import ModelOutput, logging
+from transformers.utils import logging
+from transformers.utils.generic import ModelOutput
 
+from .blocks import ACTIVATIONS
 from .bottlenecks import DiagonalGaussian
-from .configuration import AutoencoderConfig
-from .networks import ACTIVATIONS, build_decoder, build_encoder
+from .configuration_autoencoder import AutoencoderConfig
+from .networks import build_decoder, build_encoder
 
 logger = logging.get_logger(__name__)
+
+ALWAYS_GIVEN: Any = None
+"""Default of an output's field that is never left out: transformers allows no other default than None."""
 
 
 @dataclass
@@ -23,26 +31,29 @@ class AutoencoderOutput(ModelOutput):
     """What `model(pixel_values)` returns.
 
     loss: scalar, the sum of `losses`. losses: the named terms, each summed over an image and averaged over the batch,
-    with its weight applied. reconstruction: like `pixel_values`, in the model's pixel range. latents: what `decode` takes.
-    indices: of discrete codes. measures: named numbers to watch that are no part of the loss.
+    with its weight applied. reconstruction: like `pixel_values`, in the model's pixel range. latents: what `decode`
+    takes. indices: of discrete codes. measures: named numbers to watch that are no part of the loss.
     """
 
-    loss: torch.Tensor | None = None
-    losses: dict | None = None
-    reconstruction: torch.Tensor | None = None
-    latents: torch.Tensor | None = None
+    loss: Tensor = ALWAYS_GIVEN
+    losses: dict[str, Tensor] = ALWAYS_GIVEN
+    reconstruction: Tensor = ALWAYS_GIVEN
+    latents: Tensor = ALWAYS_GIVEN
     indices: Any = None
-    measures: dict | None = None
+    measures: dict[str, Tensor] | None = None
 
 
 @dataclass
 class EncoderOutput(ModelOutput):
-    """What `encode` returns: latents (batch, latent_dim) or (batch, latent_channels, height, width); `latent_dist` of a
-    VAE; `pool_positions`, one tensor a level, where the decoder unpools at remembered positions; `indices` of discrete codes."""
+    """What `encode` returns.
 
-    latents: torch.Tensor | None = None
+    latents: (batch, latent_dim) or (batch, latent_channels, height, width). latent_dist: the posterior of a VAE.
+    pool_positions: one tensor a level, where the decoder unpools at remembered positions. indices: of discrete codes.
+    """
+
+    latents: Tensor = ALWAYS_GIVEN
     latent_dist: DiagonalGaussian | None = None
-    pool_positions: list | None = None
+    pool_positions: list[Tensor] | None = None
     indices: Any = None
 
 
@@ -50,24 +61,24 @@ class EncoderOutput(ModelOutput):
 class DecoderOutput(ModelOutput):
     """What `decode` returns: sample (batch, channels, height, width), in the model's pixel range."""
 
-    sample: torch.Tensor | None = None
+    sample: Tensor = ALWAYS_GIVEN
 
 
-def with_offload_hook(method):
+def with_offload_hook(method: Callable[..., Any]) -> Callable[..., Any]:
     """Let accelerate's offloading, which wraps only `forward`, bring the weights in for `method` too."""
 
-    def wrapped(self, *args, **kwargs):
+    @functools.wraps(method)
+    def wrapped(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         hook = getattr(self, "_hf_hook", None)
         if hook is not None and hasattr(hook, "pre_forward"):
             hook.pre_forward(self)
         return method(self, *args, **kwargs)
 
-    wrapped.__doc__, wrapped.__name__ = method.__doc__, method.__name__
     return wrapped
 
 
 class AutoencoderModel(PreTrainedModel):
-    """Autoencoder: fully connected, convolutional or residual, with a vector or a spatial code.
+    """Autoencoder: fully connected, convolutional or residual, with vector or spatial latents.
 
     ```
     pixel_values -> corrupt -> encoder -> bottleneck -> decoder -> reconstruction
@@ -79,84 +90,122 @@ class AutoencoderModel(PreTrainedModel):
     `pixel_values` are (batch, num_channels, height, width) in `config.pixel_range`; the image processor makes them.
     """
 
+    config: AutoencoderConfig
     config_class = AutoencoderConfig
     base_model_prefix = "autoencoder"
     main_input_name = "pixel_values"
     input_modalities = ["image"]
     supports_gradient_checkpointing = True
-    values_per_code = 1
-    """Encoder outputs for each value of the code: a Gaussian posterior needs two."""
     _no_split_modules = ["MLPLayer", "ConvDown", "ConvUp", "ResBlock"]
     _auto_class = "AutoModel"
 
-    def __init__(self, config):
+    outputs_per_latent = 1
+    """Encoder outputs for each value of the latents: a Gaussian posterior needs two."""
+    can_sample = False
+    """Whether latents drawn from N(0, I) decode to images."""
+    can_denoise = False
+    """Whether it is trained to restore damaged images, and has `corrupt`."""
+    has_discrete_codes = False
+    """Whether `encode` gives indices of codewords."""
+
+    def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__(config)
-        self.encoder = build_encoder(config, self.values_per_code)
+        self.encoder = build_encoder(config, self.outputs_per_latent)
         self.decoder = build_decoder(config)
         self.latent_activation = ACTIVATIONS[config.latent_activation]()
         self.post_init()
         self._warn_if_it_can_copy()
 
-    def _init_weights(self, module):
+    def _init_weights(self, module: nn.Module) -> None:
         """PyTorch's own initialisation of each layer; N(0, 0.02), the default here, is too small for deep networks."""
-        if hasattr(module, "reset_parameters"):
-            module.reset_parameters()
+        reset = getattr(module, "reset_parameters", None)
+        if reset is not None:
+            reset()
+
+    def _warn_if_it_can_copy(self) -> None:
+        values = math.prod(self.config.latent_shape)
+        if values >= self.config.num_pixels and not self.is_regularized:
+            logger.warning_once(
+                f"The latents have {values} values and the image only {self.config.num_pixels}, and nothing penalises "
+                "them: this model can learn to copy its input without learning anything about it. Use a smaller "
+                "latent_dim or latent_channels, or a sparse, denoising, contractive or variational autoencoder."
+            )
+
+    # What the model can do
 
     @property
     def is_regularized(self) -> bool:
-        """Whether something other than a narrow code keeps the model from copying its input."""
+        """Whether something other than narrow latents keeps the model from copying its input."""
         return False
 
-    def _warn_if_it_can_copy(self):
-        values = math.prod(self.config.code_shape)
-        if values >= self.config.num_pixels and not self.is_regularized:
-            logger.warning_once(
-                f"The code has {values} values and the image only {self.config.num_pixels}, and nothing penalises the code: "
-                "this model can learn to copy its input without learning anything about it. Use a smaller latent_dim or "
-                "latent_channels, or a sparse, denoising, contractive or variational autoencoder."
-            )
+    @property
+    def can_generate_images(self) -> bool:
+        """Whether it has a working `generate`."""
+        return False
+
+    @property
+    def codec_method(self) -> str | None:
+        """How the codec writes the latents; None where the decoder needs more than the latents."""
+        return None if self.config.upsample == "unpool" else "latents"
+
+    @property
+    def kl_weight_field(self) -> str | None:
+        """The configuration's field that multiplies the KL term, where the loss term `kl` is that product alone."""
+        return None
+
+    @property
+    def needs_dataset_size(self) -> bool:
+        """Whether training needs `config.dataset_size`."""
+        return False
 
     # The steps of the flow
 
-    def bottleneck(self, code: torch.Tensor) -> EncoderOutput:
+    def bottleneck(self, encoder_output: Tensor) -> EncoderOutput:
         """The encoder's output -> latents."""
-        return EncoderOutput(latents=self.latent_activation(code))
+        return EncoderOutput(latents=self.latent_activation(encoder_output))
 
-    def penalties(self, pixel_values: torch.Tensor, encoded: EncoderOutput) -> dict[str, torch.Tensor]:
-        """Named terms added to the reconstruction term."""
+    def penalties(self, pixel_values: Tensor, encoded: EncoderOutput) -> dict[str, Tensor]:
+        """Named terms added to the reconstruction term; `encoded` is what `bottleneck` returned."""
         return {}
 
-    def measures(self, encoded: EncoderOutput) -> dict[str, torch.Tensor] | None:
+    def measures(self, encoded: EncoderOutput) -> dict[str, Tensor] | None:
         """Named numbers to watch beside the loss."""
         return None
 
     # What users call
 
     @with_offload_hook
-    def encode(self, pixel_values: torch.Tensor, return_dict: bool = True):
+    def encode(self, pixel_values: Tensor, return_dict: bool = True) -> EncoderOutput | tuple[Any, ...]:
         """pixel_values -> `.latents`. In `eval()` the same input gives the same latents."""
         self._check_pixels(pixel_values)
         encoded = self._encode(pixel_values.to(self.dtype))
         return encoded if return_dict else encoded.to_tuple()
 
     @with_offload_hook
-    def decode(self, latents: torch.Tensor, return_dict: bool = True, generator=None, pool_positions=None):
-        """latents -> `.sample`, pictures in `config.pixel_range`.
+    def decode(
+        self,
+        latents: Tensor,
+        return_dict: bool = True,
+        generator: torch.Generator | None = None,
+        pool_positions: list[Tensor] | None = None,
+    ) -> DecoderOutput | tuple[Tensor]:
+        """latents -> `.sample`, images in `config.pixel_range`.
 
-        `pool_positions` are those of `encode`, for `upsample="unpool"`: a part of what the encoder says about the image.
+        `pool_positions` are those of `encode`, for `upsample="unpool"`: a part of what the encoder tells of the image.
         Without them each value goes to the upper left corner of its window. `generator` is accepted because diffusers
         pipelines pass it; decoding draws nothing.
         """
         self._check_latents(latents)
-        sample = self._to_pixels(self._decode(latents.to(self.dtype), pool_positions))
+        sample = self._decode_to_pixels(latents.to(self.dtype), pool_positions)
         return DecoderOutput(sample=sample) if return_dict else (sample,)
 
-    def forward(self, pixel_values: torch.Tensor, return_dict: bool = True):
+    def forward(self, pixel_values: Tensor, return_dict: bool = True) -> AutoencoderOutput | tuple[Any, ...]:
         """pixel_values -> reconstruction, latents and the loss against `pixel_values`."""
         self._check_pixels(pixel_values)
-        return self._run(pixel_values, pixel_values, return_dict)
+        output = self._run(pixel_values, pixel_values)
+        return output if return_dict else output.to_tuple()
 
-    def _run(self, pixel_values, seen, return_dict):
+    def _run(self, pixel_values: Tensor, seen: Tensor) -> AutoencoderOutput:
         """Encode what the encoder is shown, decode, and compare with `pixel_values`."""
         pixel_values = pixel_values.to(self.dtype)
         encoded = self._encode(seen.to(self.dtype))
@@ -166,13 +215,13 @@ class AutoencoderModel(PreTrainedModel):
             "reconstruction": self.reconstruction_term(logits.float(), reconstruction, pixel_values.float()),
             **self.penalties(pixel_values, encoded),
         }
-        loss = torch.stack([*losses.values()]).sum()
-        measures = self.measures(encoded)
-        output = AutoencoderOutput(loss, losses, reconstruction.to(logits.dtype), encoded.latents, encoded.indices, measures)
-        return output if return_dict else output.to_tuple()
+        loss, measures = torch.stack([*losses.values()]).sum(), self.measures(encoded)
+        reconstruction = reconstruction.to(logits.dtype)
+        return AutoencoderOutput(loss, losses, reconstruction, encoded.latents, encoded.indices, measures)
 
-    def reconstruction_term(self, logits: torch.Tensor, reconstruction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        """Summed over the values of an image, averaged over the batch; `logits` are the reconstruction before the sigmoid.
+    def reconstruction_term(self, logits: Tensor, reconstruction: Tensor, target: Tensor) -> Tensor:
+        """Summed over the values of an image, averaged over the batch; `logits` are the reconstruction before the
+        sigmoid.
 
         mse: squared errors, without a factor ½. l1: absolute errors. bce: binary cross-entropy in nats.
         """
@@ -184,22 +233,25 @@ class AutoencoderModel(PreTrainedModel):
             total = F.mse_loss(reconstruction, target, reduction="sum")
         return total / len(target)
 
-    # The shared inside
+    # Internals
 
-    def _encode(self, pixel_values):
-        code, positions = self.encoder(pixel_values)
-        encoded = self.bottleneck(code)
+    def _encode(self, pixel_values: Tensor) -> EncoderOutput:
+        encoder_output, positions = self.encoder(pixel_values)
+        encoded = self.bottleneck(encoder_output)
         if positions:
             encoded.pool_positions = positions
         return encoded
 
-    def _decode(self, latents, pool_positions=None):
+    def _decode(self, latents: Tensor, pool_positions: list[Tensor] | None = None) -> Tensor:
         return self.decoder(latents, pool_positions or [])
 
-    def _to_pixels(self, logits):
+    def _decode_to_pixels(self, latents: Tensor, pool_positions: list[Tensor] | None = None) -> Tensor:
+        return self._to_pixels(self._decode(latents, pool_positions))
+
+    def _to_pixels(self, logits: Tensor) -> Tensor:
         return logits.sigmoid() if self.config.pixel_range == [0.0, 1.0] else logits
 
-    def _check_pixels(self, pixel_values):
+    def _check_pixels(self, pixel_values: Tensor) -> None:
         wanted = (self.config.num_channels, *self.config.image_hw)
         if pixel_values.ndim == 4 and tuple(pixel_values.shape[1:]) == wanted:
             return
@@ -212,8 +264,9 @@ class AutoencoderModel(PreTrainedModel):
             )
         self.config.check_size(*pixel_values.shape[2:])
 
-    def _check_latents(self, latents):
-        shape = self.config.code_shape
-        given = list(latents.shape[1:])
-        if given != shape and not (len(shape) == 3 and len(given) == 3 and given[0] == shape[0]):
-            raise ValueError(f"latents have shape {tuple(latents.shape)}, but this model decodes (batch, {', '.join(map(str, shape))}).")
+    def _check_latents(self, latents: Tensor) -> None:
+        shape, given = self.config.latent_shape, list(latents.shape[1:])
+        same_channels = len(shape) == len(given) == 3 and given[0] == shape[0]
+        if given != shape and not same_channels:
+            wanted = f"(batch, {', '.join(map(str, shape))})"
+            raise ValueError(f"latents have shape {tuple(latents.shape)}, but this model decodes {wanted}.")

@@ -2,38 +2,46 @@
 
 from __future__ import annotations
 
-import torch
+from typing import Any
 
-from .configuration import ContractiveAutoencoderConfig, DenoisingAutoencoderConfig, SparseAutoencoderConfig
+import torch
+from torch import Tensor
+
+from .configuration_regularized import (
+    ContractiveAutoencoderConfig,
+    DenoisingAutoencoderConfig,
+    SparseAutoencoderConfig,
+)
 from .corruptions import corrupt
-from .modeling_autoencoder import AutoencoderModel
+from .modeling_autoencoder import AutoencoderModel, AutoencoderOutput, EncoderOutput
 
 
 class SparseAutoencoderModel(AutoencoderModel):
-    """Autoencoder whose code is mostly near zero.
+    """Autoencoder whose latents are mostly close to zero.
 
-    Adds λ·Σ|code| (`sparsity="l1"`), or λ·Σ_j KL(ρ̂_j ‖ ρ) with ρ̂_j the mean activation of unit j over the batch
-    (`sparsity="kl"`; over batch and positions for a spatial code), after Ng's lecture notes CS294A, 2011, where the two
-    sides of the divergence are swapped.
+    Adds λ·Σ|latents| (`sparsity="l1"`), or λ·Σ_j KL(ρ̂_j ‖ ρ) with ρ̂_j the mean activation of unit j over the batch
+    (`sparsity="kl"`; over batch and positions for spatial latents), after Ng's lecture notes CS294A, 2011, where the
+    two sides of the divergence are swapped.
     """
 
+    config: SparseAutoencoderConfig
     config_class = SparseAutoencoderConfig
 
     @property
-    def is_regularized(self):
+    def is_regularized(self) -> bool:
         return self.config.sparsity != "none" and self.config.sparsity_weight > 0
 
-    def penalties(self, pixel_values, encoded):
-        code, weight = encoded.latents.float(), self.config.sparsity_weight
+    def penalties(self, pixel_values: Tensor, encoded: EncoderOutput) -> dict[str, Tensor]:
+        latents, weight = encoded.latents.float(), self.config.sparsity_weight
         if self.config.sparsity == "none":
             return {}
         if self.config.sparsity == "l1":
-            return {"sparsity": weight * code.abs().sum() / len(code)}
-        mean = code.transpose(0, 1).flatten(1).mean(1)
+            return {"sparsity": weight * latents.abs().sum() / len(latents)}
+        mean = latents.transpose(0, 1).flatten(1).mean(1)
         return {"sparsity": weight * bernoulli_kl(mean, self.config.sparsity_target).sum()}
 
 
-def bernoulli_kl(p: torch.Tensor, target: float) -> torch.Tensor:
+def bernoulli_kl(p: Tensor, target: float) -> Tensor:
     """KL(Bernoulli(p) ‖ Bernoulli(target)) in nats, element by element."""
     p = p.clamp(1e-6, 1 - 1e-6)
     return p * torch.log(p / target) + (1 - p) * torch.log((1 - p) / (1 - target))
@@ -45,62 +53,66 @@ class DenoisingAutoencoderModel(SparseAutoencoderModel):
     The input is damaged in `train()` only, unless `corrupt=True` asks for it (`corrupt=False` turns it off).
     """
 
+    config: DenoisingAutoencoderConfig
     config_class = DenoisingAutoencoderConfig
+    is_regularized = True
+    can_denoise = True
 
-    @property
-    def is_regularized(self):
-        return True
-
-    def forward(self, pixel_values, return_dict: bool = True, corrupt: bool | None = None):
+    def forward(
+        self, pixel_values: Tensor, return_dict: bool = True, corrupt: bool | None = None
+    ) -> AutoencoderOutput | tuple[Any, ...]:
         """pixel_values -> reconstruction; the loss is against `pixel_values` as given, before the damage."""
         self._check_pixels(pixel_values)
         damage = self.training if corrupt is None else corrupt
-        return self._run(pixel_values, self.corrupt(pixel_values) if damage else pixel_values, return_dict)
+        output = self._run(pixel_values, self.corrupt(pixel_values) if damage else pixel_values)
+        return output if return_dict else output.to_tuple()
 
-    def corrupt(self, pixel_values, generator: torch.Generator | None = None):
+    def corrupt(self, pixel_values: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """`pixel_values` with the configured damage."""
         low, high = self.config.pixel_range
         return corrupt(pixel_values, self.config.corruption, self.config.corruption_level, low, high, generator)
 
 
 class ContractiveAutoencoderModel(AutoencoderModel):
-    """Autoencoder whose code changes little when the image does: adds λ·‖∂code/∂x‖²_F (Rifai et al. 2011).
+    """Autoencoder whose latents change little when the image does: adds λ·‖∂latents/∂x‖²_F (Rifai et al. 2011).
 
     The norm is exact for an encoder of one layer (`network="mlp"`, `hidden_sizes=[]`), else Hutchinson's unbiased
     estimate with one random ±1 vector an image; in `eval()` the vectors are fixed.
     """
 
+    config: ContractiveAutoencoderConfig
     config_class = ContractiveAutoencoderConfig
 
     @property
-    def is_regularized(self):
+    def is_regularized(self) -> bool:
         return self.config.contraction_weight > 0
 
-    def penalties(self, pixel_values, encoded):
+    def penalties(self, pixel_values: Tensor, encoded: EncoderOutput) -> dict[str, Tensor]:
         return {"contraction": self.config.contraction_weight * self.jacobian_norm(pixel_values).mean()}
 
     @torch.compiler.disable  # differentiates inside forward, which a compiled graph cannot do
-    def jacobian_norm(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """‖∂code/∂x‖²_F of each image: (batch,)."""
+    def jacobian_norm(self, pixel_values: Tensor) -> Tensor:
+        """‖∂latents/∂x‖²_F of each image: (batch,)."""
         if self.config.network == "mlp" and not self.config.hidden_sizes:
             return self._one_layer_jacobian_norm(pixel_values)
         with torch.enable_grad():
             x = pixel_values.detach().requires_grad_()
-            code = self._encode(x).latents
-            generator = None if self.training else torch.Generator(code.device).manual_seed(0)
-            signs = torch.randint(0, 2, code.shape, generator=generator, device=code.device) * 2.0 - 1.0
-            (gradient,) = torch.autograd.grad((code * signs).sum(), x, create_graph=self.training)
+            latents = self._encode(x).latents
+            generator = None if self.training else torch.Generator(latents.device).manual_seed(0)
+            signs = torch.randint(0, 2, latents.shape, generator=generator, device=latents.device) * 2.0 - 1.0
+            (gradient,) = torch.autograd.grad((latents * signs).sum(), x, create_graph=self.training)
         return gradient.float().square().flatten(1).sum(1)
 
-    def _one_layer_jacobian_norm(self, pixel_values):
-        """Σ_j σ'(a_j)²·‖W_j‖², with σ the activation of the code."""
-        linear: torch.nn.Linear = self.encoder.to_code  # type: ignore[assignment]
+    def _one_layer_jacobian_norm(self, pixel_values: Tensor) -> Tensor:
+        """Σ_j σ'(a_j)²·‖W_j‖², with σ the activation of the latents."""
+        linear: Any = self.encoder.to_code
         with torch.enable_grad():
             before = linear(pixel_values.flatten(1)).float()
-            slope = {
-                "sigmoid": lambda a: a.sigmoid() * (1 - a.sigmoid()),
-                "relu": lambda a: (a > 0).float(),
-                "identity": torch.ones_like,
-            }[self.config.latent_activation](before)
+            if self.config.latent_activation == "sigmoid":
+                slope = before.sigmoid() * (1 - before.sigmoid())
+            elif self.config.latent_activation == "relu":
+                slope = (before > 0).float()
+            else:
+                slope = torch.ones_like(before)
             norms = slope.square() @ linear.weight.float().square().sum(1)
         return norms if torch.is_grad_enabled() else norms.detach()

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
+from torch import Tensor, nn
 
 from .bottlenecks import DiagonalGaussian, total_correlation_terms
-from .configuration import BetaVAEConfig, VAEConfig
-from .modeling_autoencoder import AutoencoderModel, DecoderOutput, EncoderOutput, with_offload_hook
+from .configuration_vae import BetaVAEConfig, VAEConfig
+from .modeling_autoencoder import AutoencoderModel, EncoderOutput, with_offload_hook
 from .tiling import tiled
 
 
 class VAEModel(AutoencoderModel):
-    """Variational autoencoder (Kingma and Welling 2014) with a vector or a spatial code.
+    """Variational autoencoder (Kingma and Welling 2014) with vector or spatial latents.
 
     ```
     pixel_values -> encoder -> mean, log-variance -> sample = mean + std·ε -> decoder -> reconstruction
@@ -19,71 +23,88 @@ class VAEModel(AutoencoderModel):
                                      KL(q(z|x) ‖ N(0, 1)), closed form
     ```
 
-    Both terms are sums over one image (all pixels; all values of the code), averaged over the batch. With `bce` on
+    Both terms are sums over one image (all pixels; all values of the latents), averaged over the batch. With `bce` on
     binary images and `kl_weight=1` the loss is the negative evidence lower bound in nats; with `mse` it is that of
     p(x|z) = N(x; x̂, ½) up to a constant. `latents` are a sample in `train()`, the mean in `eval()`.
 
-    With a spatial code it stands in for diffusers' AutoencoderKL: `encode(x).latent_dist`, `decode(z).sample`,
+    With spatial latents it replaces diffusers' AutoencoderKL: `encode(x).latent_dist`, `decode(z).sample`,
     `config.scaling_factor`, `enable_tiling()`, `enable_slicing()`.
     """
 
+    config: VAEConfig
     config_class = VAEConfig
-    values_per_code = 2
+    outputs_per_latent = 2
+    can_sample = True
+    forward_passes: Tensor
+    """Training forward passes so far: a scalar buffer of the variants that count them."""
 
-    def __init__(self, config):
+    def __init__(self, config: VAEConfig) -> None:
         super().__init__(config)
-        self.use_slicing, self.tile_size = False, None
+        self.use_slicing = False
+        self.tile_size: int | None = None
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if module is self and hasattr(self, "forward_passes"):  # which a variant registers after this class's __init__
+            nn.init.zeros_(self.forward_passes)
 
     @property
-    def is_regularized(self):
+    def is_regularized(self) -> bool:
         return self.config.kl_weight > 0
 
-    def bottleneck(self, code):
-        posterior = DiagonalGaussian(code)
-        return EncoderOutput(latents=posterior.sample() if self.training else posterior.mode(), latent_dist=posterior)
+    @property
+    def kl_weight_field(self) -> str | None:
+        return "kl_weight"
 
-    def penalties(self, pixel_values, encoded):
+    def bottleneck(self, encoder_output: Tensor) -> EncoderOutput:
+        posterior = DiagonalGaussian(encoder_output)
+        latents = posterior.sample() if self.training else posterior.mode()
+        return EncoderOutput(latents=latents, latent_dist=posterior)
+
+    def penalties(self, pixel_values: Tensor, encoded: Any) -> dict[str, Tensor]:
         return {"kl": self.config.kl_weight * encoded.latent_dist.kl().mean()}
 
     # Large images and batches
 
-    def enable_slicing(self):
+    def enable_slicing(self) -> None:
         """Encode and decode one image of a batch at a time, to save memory."""
         self.use_slicing = True
 
-    def disable_slicing(self):
+    def disable_slicing(self) -> None:
+        """Encode and decode whole batches again."""
         self.use_slicing = False
 
-    def enable_tiling(self, tile_size: int | None = None):
-        """Work on overlapping tiles of at most `tile_size` pixels (default: `config.image_size`) and blend them."""
+    def enable_tiling(self, tile_size: int | None = None) -> None:
+        """Work on overlapping tiles of at most `tile_size` pixels (default: `config.image_size`) and blend them.
+
+        Raises ValueError for vector latents.
+        """
         if self.config.latent_dim is not None:
             raise ValueError("tiling needs a spatial code: train with latent_channels instead of latent_dim.")
         self.tile_size = max(tile_size or max(self.config.image_hw), 4 * self.config.downsampling)
 
-    def disable_tiling(self):
+    def disable_tiling(self) -> None:
+        """Work on whole images again."""
         self.tile_size = None
 
     @with_offload_hook
-    def encode(self, pixel_values: torch.Tensor, return_dict: bool = True):
+    def encode(self, pixel_values: Tensor, return_dict: bool = True) -> EncoderOutput | tuple[Any, ...]:
         """pixel_values -> `.latent_dist` (sample, mode, kl) and `.latents`."""
         self._check_pixels(pixel_values)
-        scale = self.config.downsampling
-        code = self._in_parts(lambda x: self.encoder(x)[0], pixel_values.to(self.dtype), self.tile_size, scale, down=True)
-        encoded = self.bottleneck(code)
+        parameters = self._in_parts(lambda x: self.encoder(x)[0], pixel_values.to(self.dtype), down=True)
+        encoded = self.bottleneck(parameters)
         return encoded if return_dict else (encoded.latent_dist,)
 
-    @with_offload_hook
-    def decode(self, latents: torch.Tensor, return_dict: bool = True, generator=None, pool_positions=None):
-        """latents -> `.sample`, pictures in `config.pixel_range`. Nothing is drawn; `generator` is accepted for pipelines."""
-        self._check_latents(latents)
-        scale = self.config.downsampling
-        tile = self.tile_size and self.tile_size // scale
-        sample = self._in_parts(lambda z: self._to_pixels(self._decode(z)), latents.to(self.dtype), tile, scale, down=False)
-        return DecoderOutput(sample=sample) if return_dict else (sample,)
+    def _decode_to_pixels(self, latents: Tensor, pool_positions: list[Tensor] | None = None) -> Tensor:
+        return self._in_parts(super()._decode_to_pixels, latents, down=False)
 
-    def _in_parts(self, function, x, tile, scale, down):
-        def one(part):
-            if tile and max(part.shape[-2:]) > tile:
+    def _in_parts(self, function: Callable[[Tensor], Tensor], x: Tensor, down: bool) -> Tensor:
+        """`function` on images (`down`) or latents `x`: one by one, and in tiles, where that is enabled."""
+        scale = self.config.downsampling
+        tile = self.tile_size if down or self.tile_size is None else self.tile_size // scale
+
+        def one(part: Tensor) -> Tensor:
+            if tile is not None and max(part.shape[-2:]) > tile:
                 return tiled(function, part, tile, scale, down)
             return function(part)
 
@@ -98,30 +119,33 @@ class BetaVAEModel(VAEModel):
     + β·total correlation + dimension-wise KL (Chen et al. 2018), estimated from the batch.
     """
 
+    config: BetaVAEConfig
     config_class = BetaVAEConfig
-    forward_passes: torch.Tensor
 
-    def __init__(self, config):
+    def __init__(self, config: BetaVAEConfig) -> None:
         super().__init__(config)
         if config.objective == "capacity":
             self.register_buffer("forward_passes", torch.zeros((), dtype=torch.int64))
 
-    def _init_weights(self, module):
-        super()._init_weights(module)
-        if module is self and self.config.objective == "capacity" and hasattr(self, "forward_passes"):
-            torch.nn.init.zeros_(self.forward_passes)
-
     @property
-    def is_regularized(self):
+    def is_regularized(self) -> bool:
         return self.config.beta > 0
 
     @property
-    def current_capacity(self) -> torch.Tensor:
-        """C in nats at this point of the training."""
-        share = (self.forward_passes / self.config.capacity_steps).clamp(max=1.0)
-        return self.config.capacity * share
+    def kl_weight_field(self) -> str | None:
+        return "beta" if self.config.objective == "beta" else None
 
-    def penalties(self, pixel_values, encoded):
+    @property
+    def needs_dataset_size(self) -> bool:
+        return self.config.objective == "total_correlation"
+
+    @property
+    def current_capacity(self) -> Tensor:
+        """C in nats at this point of the training (objective `capacity`), a scalar."""
+        fraction = (self.forward_passes / (self.config.capacity_steps or 1)).clamp(max=1.0)
+        return (self.config.capacity or 0.0) * fraction
+
+    def penalties(self, pixel_values: Tensor, encoded: Any) -> dict[str, Tensor]:
         beta, posterior = self.config.beta, encoded.latent_dist
         if self.config.objective == "total_correlation":
             if self.config.dataset_size is None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
-from .configuration_vaegan import DiscriminatorConfig, VAEGANConfig
+from .configuration_vae import DiscriminatorConfig, VAEGANConfig
 from .discriminators import PatchGAN, adaptive_weight, discriminator_loss, frozen, generator_loss
+from .modeling_autoencoder import AutoencoderOutput
 from .modeling_vae import VAEModel
 
 
@@ -17,8 +19,8 @@ from .modeling_vae import VAEModel
 class DiscriminatorOutput(ModelOutput):
     """logits: (batch, 1, rows, columns), higher is more real. features: the map that they are computed from."""
 
-    logits: torch.Tensor | None = None
-    features: torch.Tensor | None = None
+    logits: Tensor | None = None
+    features: Tensor | None = None
 
 
 class DiscriminatorModel(PreTrainedModel):
@@ -27,23 +29,26 @@ class DiscriminatorModel(PreTrainedModel):
     It is the `discriminator` of a VAE-GAN, and fits the component of that name of the text-to-image pipeline.
     """
 
+    config: DiscriminatorConfig
     config_class = DiscriminatorConfig
     base_model_prefix = "discriminator"
     main_input_name = "pixel_values"
     input_modalities = ["image"]
     _auto_class = "AutoModel"
 
-    def __init__(self, config):
+    def __init__(self, config: DiscriminatorConfig) -> None:
         super().__init__(config)
         self.patchgan = PatchGAN(config.num_channels, config.hidden_sizes)
         self.post_init()
 
-    def _init_weights(self, module):
+    def _init_weights(self, module: nn.Module) -> None:
         """PyTorch's own initialisation."""
-        if hasattr(module, "reset_parameters"):
-            module.reset_parameters()
+        reset = getattr(module, "reset_parameters", None)
+        if reset is not None:
+            reset()
 
-    def forward(self, pixel_values: torch.Tensor, return_dict: bool = True):
+    def forward(self, pixel_values: Tensor, return_dict: bool = True) -> DiscriminatorOutput | tuple[Tensor, ...]:
+        """pixel_values in [-1, 1] -> logits and features."""
         output = DiscriminatorOutput(*self.patchgan(pixel_values))
         return output if return_dict else output.to_tuple()
 
@@ -53,48 +58,44 @@ class VAEGANModel(VAEModel):
 
     ```
     pixel_values -> encoder -> mean, log-variance -> sample -> decoder -> reconstruction -+
-                                          N(0, 1) -> sample -> decoder -> picture --------+-> discriminator: real or not?
+                                          N(0, 1) -> sample -> decoder -> image ----------+-> discriminator: real?
     pixel_values -------------------------------------------------------------------------+
     ```
 
-    `losses` adds `adversarial` (and `feature`), whose gradients reach encoder and decoder alone, and `discriminator`, whose
-    gradients reach the discriminator alone: it sees the pictures detached, and they see it frozen. So one backward pass
-    of the sum trains both parts, each by its own optimizer, also under accumulation, mixed precision and several
+    `losses` adds `adversarial` (and `feature`), whose gradients reach encoder and decoder alone, and `discriminator`,
+    whose gradients reach the discriminator alone: it sees the images detached, and they see it frozen. So one backward
+    pass of the sum trains both parts, each by its own optimizer, also under accumulation, mixed precision and several
     processes. In `eval()` reconstructions alone are judged; without gradients λ is 1.
     """
 
+    config: VAEGANConfig
     config_class = VAEGANConfig
-    forward_passes: torch.Tensor
 
-    def __init__(self, config):
+    def __init__(self, config: VAEGANConfig) -> None:
         super().__init__(config)
         self.discriminator = DiscriminatorModel(
             DiscriminatorConfig(num_channels=config.num_channels, hidden_sizes=config.discriminator_channels)
         )
         self.register_buffer("forward_passes", torch.zeros((), dtype=torch.int64))
 
-    def _init_weights(self, module):
-        super()._init_weights(module)
-        if module is self and hasattr(self, "forward_passes"):
-            torch.nn.init.zeros_(self.forward_passes)
-
     @property
-    def last_layer(self) -> torch.Tensor:
+    def last_layer(self) -> Tensor:
         """Weights of the decoder's last layer."""
         return [weight for weight in self.decoder.parameters() if weight.ndim >= 2][-1]
 
-    def _run(self, pixel_values, seen, return_dict):
-        output = super()._run(pixel_values, seen, True)
-        fakes = output.reconstruction
+    def _run(self, pixel_values: Tensor, seen: Tensor) -> AutoencoderOutput:
+        output = super()._run(pixel_values, seen)
+        fakes, losses = output.reconstruction, output.losses
         if self.training and self.config.prior_samples:
             fakes = torch.cat([fakes, self._to_pixels(self._decode(torch.randn_like(output.latents)))])
-        output.losses["reconstruction"] = self.config.reconstruction_weight * output.losses["reconstruction"]
-        output.losses |= self.adversarial_terms(pixel_values, fakes, output.losses["reconstruction"])
-        output.loss = torch.stack([*output.losses.values()]).sum()
-        return output if return_dict else output.to_tuple()
+        losses["reconstruction"] = self.config.reconstruction_weight * losses["reconstruction"]
+        losses |= self.adversarial_terms(pixel_values, fakes, losses["reconstruction"])
+        output.loss = torch.stack([*losses.values()]).sum()
+        return output
 
-    def adversarial_terms(self, pixel_values, fakes, reference) -> dict[str, torch.Tensor]:
-        """The named terms of the game; `fakes` begins with the reconstructions of `pixel_values`."""
+    def adversarial_terms(self, pixel_values: Tensor, fakes: Tensor, reference: Tensor) -> dict[str, Tensor]:
+        """The named terms of the game; `fakes` begins with the reconstructions of `pixel_values`, and `reference` is
+        their reconstruction term."""
         kind, terms = self.config.adversarial_loss, {}
         real, fakes = self._for_discriminator(pixel_values), self._for_discriminator(fakes)
         started = (self.forward_passes >= self.config.adversarial_start).float()
@@ -110,13 +111,14 @@ class VAEGANModel(VAEModel):
         if self.config.adaptive_weight and adversarial.requires_grad:
             weight = weight * adaptive_weight(reference, adversarial, self.last_layer)
         terms["adversarial"] = weight * adversarial
-        real_logits, fake_logits = self.discriminator(torch.cat([real, fakes.detach()])).logits.split([len(real), len(fakes)])
+        logits = self.discriminator(torch.cat([real, fakes.detach()])).logits
+        real_logits, fake_logits = logits.split([len(real), len(fakes)])
         terms["discriminator"] = started * discriminator_loss(kind, real_logits, fake_logits)
         if self.training and torch.is_grad_enabled():
             self.forward_passes += 1
         return terms
 
-    def _for_discriminator(self, pixels):
-        """Pictures in the model's pixel range -> in [-1, 1]."""
+    def _for_discriminator(self, pixels: Tensor) -> Tensor:
+        """Images in the model's pixel range -> in [-1, 1]."""
         pixels = pixels.to(self.dtype)
         return pixels if self.config.pixel_range == [-1.0, 1.0] else pixels * 2 - 1

@@ -1,17 +1,20 @@
-"""From vectors to numbers and back: vector quantization, and finite scalar quantization.
+"""From vectors to indices and back: vector quantization, and finite scalar quantization.
 
-A quantizer maps code (batch, values, *positions) to the nearest codewords. What it keeps is float32 whatever the model is
-cast to, and the same in all processes of a training.
+A quantizer maps the encoder's output (batch, values, *positions) to the nearest codewords. What it keeps is float32
+whatever the model is cast to, and the same in all processes of a training.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
+
+from .configuration_vqvae import VQVAEConfig
 
 DISTANCES_AT_ONCE = 2**24
 """How many distances between vectors and codewords are held in memory."""
@@ -20,65 +23,66 @@ RECENT = 200
 
 
 class QuantizedCode(NamedTuple):
-    """latents: codewords, in the shape of the code; gradients pass straight through. indices: (batch, *positions).
+    """latents: codewords (batch, values, *positions); gradients pass straight through. indices: (batch, *positions).
     terms: named squared distances, summed over an image and averaged over the batch, without weights."""
 
-    latents: torch.Tensor
-    indices: torch.Tensor
-    terms: dict[str, torch.Tensor]
+    latents: Tensor
+    indices: Tensor
+    terms: dict[str, Tensor]
 
 
 class Quantizer(nn.Module):
-    """What all quantizers share: how long each codeword was not used, and how often the training images use it."""
+    """What all quantizers have: how long each codeword was not used, and how often the training images use it."""
 
-    idle: torch.Tensor
-    frequencies: torch.Tensor
+    idle: Tensor
+    frequencies: Tensor
 
-    def __init__(self, size: int):
+    def __init__(self, size: int) -> None:
         super().__init__()
         self.size = size
         self.register_buffer("idle", torch.zeros(size, dtype=torch.int64))
         self.register_buffer("frequencies", torch.zeros(size, dtype=torch.int64))
 
-    def reset_parameters(self):
+    def reset_parameters(self) -> None:
         nn.init.zeros_(self.idle)
         nn.init.zeros_(self.frequencies)
 
-    def _apply(self, fn, recurse=True):
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Go to another device as every module does, but keep the dtype."""
 
-        def keep(tensor):
+        def keep(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
         return super()._apply(keep, recurse)
 
-    def forward(self, code: torch.Tensor) -> QuantizedCode:
-        """(batch, values, *positions) -> codewords, indices, terms."""
-        with torch.autocast(code.device.type, enabled=False):
-            vectors, words, indices, terms = self.quantize(code.float().flatten(2).mT)
-            latents = words.detach() + (vectors - vectors.detach())  # exactly the codewords, with the gradient of the vectors
-        return QuantizedCode(latents.mT.reshape(code.shape).to(code.dtype), indices.view(len(code), *code.shape[2:]), terms)
+    def forward(self, x: Tensor) -> QuantizedCode:
+        """The encoder's output (batch, values, *positions) -> codewords, indices, terms."""
+        with torch.autocast(x.device.type, enabled=False):
+            vectors, words, indices, terms = self.quantize(x.float().flatten(2).mT)
+            latents = words.detach() + (vectors - vectors.detach())  # the codewords, with the gradient of the vectors
+        latents = latents.mT.reshape(x.shape).to(x.dtype)
+        return QuantizedCode(latents, indices.view(len(x), *x.shape[2:]), terms)
 
-    def lookup(self, indices: torch.Tensor) -> torch.Tensor:
+    def lookup(self, indices: Tensor) -> Tensor:
         """Indices (batch, *positions) -> codewords (batch, values, *positions), float32."""
         return self.words(indices).movedim(-1, 1)
 
     @torch.no_grad()
-    def watch(self, counts: torch.Tensor):
+    def watch(self, counts: Tensor) -> None:
         """Note which codewords a training pass used; `counts` (size,) are those of all processes."""
         self.idle.copy_(torch.where(counts > 0, 0, self.idle + 1))
 
     @property
     def recent_usage(self) -> float:
-        """Share of the codewords used in the last 200 training passes."""
+        """Fraction of the codewords used in the last RECENT training passes."""
         return (self.idle < RECENT).float().mean().item()
 
-    def quantize(self, vectors):
+    def quantize(self, vectors: Tensor) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
         """(batch, positions, values) -> vectors as they are compared, codewords, indices (batch, positions), terms."""
         raise NotImplementedError
 
-    def words(self, indices):
+    def words(self, indices: Tensor) -> Tensor:
         """Indices (…) -> codewords (…, values)."""
         raise NotImplementedError
 
@@ -86,18 +90,19 @@ class Quantizer(nn.Module):
 class VectorQuantizer(Quantizer):
     """Nearest codewords of a learned codebook (van den Oord et al. 2017).
 
-    `ema` (their appendix A.1): N ← γN + (1 - γ)n and m ← γm + (1 - γ)Σz for the n vectors z of each codeword e = m / N; since
-    m = N·e, only N (`cluster_sizes`) and e are kept: e ← e + (1 - γ)(Σz - n·e) / N. Otherwise the codebook is a parameter,
-    trained by the term `codebook`, ‖sg[z] - e‖². The term `commitment` is ‖z - sg[e]‖².
+    `ema` (their appendix A.1): N ← γN + (1 - γ)n and m ← γm + (1 - γ)Σz for the n vectors z of each codeword
+    e = m / N; since m = N·e, only N (`cluster_sizes`) and e are kept: e ← e + (1 - γ)(Σz - n·e) / N. Otherwise the
+    codebook is a parameter, trained by the term `codebook`, ‖sg[z] - e‖². The term `commitment` is ‖z - sg[e]‖².
     """
 
-    codebook: torch.Tensor
-    cluster_sizes: torch.Tensor
-    passes: torch.Tensor
+    codebook: Tensor
+    cluster_sizes: Tensor
+    passes: Tensor
 
-    def __init__(self, config):
-        super().__init__(config.codebook_size)
-        self.ema, self.decay, self.cosine = config.quantizer == "ema", config.ema_decay, config.code_distance == "cosine"
+    def __init__(self, config: VQVAEConfig) -> None:
+        super().__init__(config.codebook_size or 0)
+        self.ema, self.decay = config.quantizer == "ema", config.ema_decay
+        self.cosine = config.code_distance == "cosine"
         self.kmeans_rounds, self.revive_after = config.kmeans_rounds, config.revive_after
         codebook = torch.zeros(self.size, config.codeword_length, dtype=torch.float32)
         if self.ema:
@@ -107,14 +112,14 @@ class VectorQuantizer(Quantizer):
             self.codebook = nn.Parameter(codebook)
         self.register_buffer("passes", torch.zeros((), dtype=torch.int64))
 
-    def reset_parameters(self):
+    def reset_parameters(self) -> None:
         super().reset_parameters()
         nn.init.normal_(self.codebook, std=self.codebook.shape[1] ** -0.5)
         nn.init.zeros_(self.passes)
         if self.ema:
             nn.init.ones_(self.cluster_sizes)
 
-    def quantize(self, vectors):
+    def quantize(self, vectors: Tensor) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
         vectors = F.normalize(vectors, dim=-1) if self.cosine else vectors
         learning = self.training and torch.is_grad_enabled()
         if learning:
@@ -129,25 +134,28 @@ class VectorQuantizer(Quantizer):
         return vectors, words, indices, terms
 
     @property
-    def table(self) -> torch.Tensor:
+    def table(self) -> Tensor:
         """The codewords (size, values)."""
         return F.normalize(self.codebook, dim=-1) if self.cosine else self.codebook
 
-    def words(self, indices):
+    def words(self, indices: Tensor) -> Tensor:
         return F.embedding(indices, self.table)
 
     @torch.compiler.disable
     @torch.no_grad()
-    def place(self, vectors: torch.Tensor):
-        """Before a training pass: start the codebook on the first batch, and move codewords that nothing uses to its vectors."""
+    def place(self, vectors: Tensor) -> None:
+        """Before a training pass: start the codebook on the first batch, and move codewords that nothing uses to its
+        vectors."""
         if self.kmeans_rounds and not self.passes:
             points = gathered(vectors).flatten(0, 1)
             centres = k_means(points, self.size, self.kmeans_rounds)
             if dist.is_initialized():
                 dist.broadcast(centres, 0)
             self.codebook.copy_(centres)
-        dead = (self.idle > 0) & (self.idle % self.revive_after == 0) if self.revive_after else None
-        if dead is not None and bool(dead.any()):
+        if not self.revive_after:
+            return
+        dead = (self.idle > 0) & (self.idle % self.revive_after == 0)
+        if dead.any():
             points = gathered(vectors).flatten(0, 1)
             order = torch.randperm(len(points), generator=torch.Generator().manual_seed(int(self.passes)))
             order = order.repeat(-(-self.size // len(points)))[: int(dead.sum())]
@@ -157,10 +165,9 @@ class VectorQuantizer(Quantizer):
 
     @torch.compiler.disable
     @torch.no_grad()
-    def learn(self, vectors: torch.Tensor, indices: torch.Tensor):
+    def learn(self, vectors: Tensor, indices: Tensor) -> None:
         """After a training pass: move the codewords to the vectors of all processes that chose them."""
-        sums = torch.zeros(self.size, vectors.shape[-1] + 1, device=vectors.device)
-        sums.index_add_(0, indices.flatten(), F.pad(vectors.flatten(0, 1), (0, 1), value=1.0))
+        sums = cluster_sums(vectors.flatten(0, 1), indices.flatten(), self.size)
         if dist.is_initialized():
             dist.all_reduce(sums)
         counts = sums[:, -1]
@@ -173,21 +180,21 @@ class VectorQuantizer(Quantizer):
 
 
 class FiniteScalarQuantizer(Quantizer):
-    """Finite scalar quantization (Mentzer et al. 2023): each of a few numbers is rounded to one of L values in [-1, 1].
+    """Finite scalar quantization (Mentzer et al. 2023): each of a few values is rounded to one of L levels in [-1, 1].
 
-    The codebook is the grid of all combinations; a codeword's index writes them as digits, the first number lowest.
+    The codebook is the grid of all combinations; a codeword's index writes them as digits, the first value lowest.
     """
 
-    def __init__(self, config):
-        super().__init__(config.codebook_size)
+    def __init__(self, config: VQVAEConfig) -> None:
+        super().__init__(config.codebook_size or 0)
         self.levels = config.fsq_levels
 
-    def grid(self, device) -> tuple[torch.Tensor, torch.Tensor]:
-        """Levels of each number, and what a step of it adds to the index."""
+    def grid(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Levels of each value, and what a step of it adds to the index."""
         levels = torch.tensor(self.levels, device=device)
         return levels, torch.cat([levels.new_ones(1), levels[:-1].cumprod(0)])
 
-    def quantize(self, vectors):
+    def quantize(self, vectors: Tensor) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
         levels, steps = self.grid(vectors.device)
         reach, offset = (levels - 1) * (1 + 1e-3) / 2, torch.where(levels % 2 == 0, 0.5, 0.0)
         bounded = torch.tanh(vectors + torch.atanh(offset / reach)) * reach - offset
@@ -201,24 +208,24 @@ class FiniteScalarQuantizer(Quantizer):
             self.watch(counts)
         return bounded / half, whole / half, indices, {}
 
-    def words(self, indices):
+    def words(self, indices: Tensor) -> Tensor:
         levels, steps = self.grid(indices.device)
         half = levels // 2
         return (indices[..., None] // steps % levels - half).float() / half
 
 
-def make_quantizer(config) -> Quantizer:
+def make_quantizer(config: VQVAEConfig) -> Quantizer:
     """The quantizer of one level that `config` asks for."""
     return FiniteScalarQuantizer(config) if config.quantizer == "fsq" else VectorQuantizer(config)
 
 
-def nearest(points: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
-    """The number of the nearest of `words` (size, values) for each of `points` (points, values)."""
+def nearest(points: Tensor, words: Tensor) -> Tensor:
+    """The index of the nearest of `words` (size, values) for each of `points` (points, values)."""
     lengths, parts = words.square().sum(1), points.split(max(1, DISTANCES_AT_ONCE // len(words)))
     return torch.cat([torch.addmm(lengths, part, words.T, alpha=-2).argmin(1) for part in parts])
 
 
-def gathered(vectors: torch.Tensor) -> torch.Tensor:
+def gathered(vectors: Tensor) -> Tensor:
     """The vectors of all processes, image by image in the order that one process would see them."""
     if not dist.is_initialized():
         return vectors
@@ -227,24 +234,31 @@ def gathered(vectors: torch.Tensor) -> torch.Tensor:
     return torch.stack(parts, 1).flatten(0, 1)
 
 
-def k_means(points: torch.Tensor, size: int, rounds: int) -> torch.Tensor:
-    """Centres (size, values) of `points`: Lloyd's algorithm from points that a fixed seed draws, on at most 256 points a centre.
+def cluster_sums(points: Tensor, indices: Tensor, size: int) -> Tensor:
+    """Sum of the `points` (points, values) of each of the indices 0 … size - 1, and in the last column their number:
+    (size, values + 1). `indices` (points,) are theirs."""
+    sums = torch.zeros(size, points.shape[1] + 1, device=points.device)
+    return sums.index_add_(0, indices, F.pad(points, (0, 1), value=1.0))
 
-    Where there are fewer points than centres, some centres are equal.
+
+def k_means(points: Tensor, size: int, rounds: int) -> Tensor:
+    """Centres (size, values) of `points` (points, values): Lloyd's algorithm, on at most 256 points a centre.
+
+    It starts from points that a fixed seed draws. Where there are fewer points than centres, some centres are equal.
     """
     order = torch.randperm(len(points), generator=torch.Generator().manual_seed(0)).to(points.device)
     points = points[order[: 256 * size]]
     centres = points.repeat(-(-size // len(points)), 1)[:size]
     for _ in range(rounds):
-        sums = torch.zeros(size, points.shape[1] + 1, device=points.device)
-        sums.index_add_(0, nearest(points, centres), F.pad(points, (0, 1), value=1.0))
+        sums = cluster_sums(points, nearest(points, centres), size)
         counts = sums[:, -1:]
         centres = torch.where(counts > 0, sums[:, :-1] / counts.clamp(min=1), centres)
     return centres
 
 
-def usage_and_perplexity(indices: torch.Tensor, size: int) -> dict[str, torch.Tensor]:
-    """Of a batch of indices: the share of `size` codewords in use, and the perplexity exp(entropy) of their frequencies."""
+def usage_and_perplexity(indices: Tensor, size: int) -> dict[str, Tensor]:
+    """Of a batch of indices: the fraction of `size` codewords in use, and the perplexity exp(entropy) of their
+    frequencies."""
     counts = torch.bincount(indices.flatten(), minlength=size).float()
-    shares = counts / counts.sum()
-    return {"usage": (counts > 0).float().mean(), "perplexity": torch.special.entr(shares).sum().exp()}
+    frequencies = counts / counts.sum()
+    return {"usage": (counts > 0).float().mean(), "perplexity": torch.special.entr(frequencies).sum().exp()}

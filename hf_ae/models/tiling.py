@@ -1,16 +1,19 @@
-"""Work on a large picture in overlapping tiles, and blend them."""
+"""Work on a large image in overlapping tiles, and blend them."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
+from torch import Tensor
 
 
-def tiled(function, x: torch.Tensor, tile: int, scale: int, down: bool) -> torch.Tensor:
+def tiled(function: Callable[[Tensor], Tensor], x: Tensor, tile: int, scale: int, down: bool) -> Tensor:
     """`function` on overlapping tiles of `x` (batch, channels, height, width), blended linearly over the overlap.
 
-    `tile`: height and width of a tile of `x`; neighbours share a quarter of it. `function` divides height and width by
-    `scale` (`down`) or multiplies by it. Every output position is the weighted mean of the tiles that cover it, so
-    there are no seams and any size is covered.
+    `tile`: height and width of a tile of `x`; neighbours overlap by a quarter of it. `function` divides height and
+    width by `scale` (`down`) or multiplies by it. Every output position is the weighted mean of the tiles that cover
+    it, so there are no seams and any size is covered.
     """
     step = scale if down else 1
     tile = max(tile // step, 1) * step
@@ -41,7 +44,7 @@ def starts(size: int, tile: int, overlap: int) -> list[int]:
     return [*range(0, size - tile, tile - overlap), size - tile]
 
 
-def ramp(length: int, overlap: int, device) -> torch.Tensor:
-    """1 inside, falling linearly towards both ends over `overlap` values."""
+def ramp(length: int, overlap: int, device: torch.device) -> Tensor:
+    """Weights (length,): 1 inside, falling linearly towards both ends over `overlap` values."""
     distance = torch.arange(length, device=device) + 0.5
     return torch.minimum(distance, length - distance).div(max(overlap, 1)).clamp(max=1.0)

@@ -1,0 +1,125 @@
+"""Hub or local datasets: their splits and columns."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import first_line, require
+
+HELD_OUT = ("test", "validation", "valid", "val", "eval")
+"""Names of the split that models are measured on, where none is asked for."""
+Splits = Mapping[str, Any]
+"""An opened dataset: split name -> its rows."""
+
+
+def open_dataset(name: str, config_name: str | None = None, streaming: bool = False) -> Splits:
+    """All splits of a Hub dataset id or of a local folder. Raises ValueError.
+
+    A machine without the Hub reads `owner/name` from the folder `$HF_AE_DATASETS/name`, where that exists.
+    """
+    import datasets
+    from huggingface_hub.errors import HfHubHTTPError
+
+    datasets.disable_progress_bars()
+    copy = Path(os.environ.get("HF_AE_DATASETS", "/nonexistent"), name.split("/")[-1])
+    place = str(copy) if copy.is_dir() and not Path(name).exists() else name
+    try:
+        return datasets.load_dataset(place, config_name, streaming=streaming)
+    except (OSError, RuntimeError, datasets.exceptions.DatasetsError, HfHubHTTPError, ValueError) as error:
+        raise ValueError(f"The dataset {name!r} cannot be opened: {first_line(error)}") from None
+
+
+def pick_split(splits: Splits, name: str) -> Any:
+    """One split of an opened dataset, or several as `train+test`. Raises ValueError that says what is there
+    instead."""
+    if "+" in name and name not in splits:
+        import datasets
+
+        return datasets.concatenate_datasets([pick_split(splits, part.strip()) for part in name.split("+")])
+    require(name in splits, f"The dataset has no split {name!r}: it has {', '.join(map(str, splits))}.")
+    rows = splits[name]
+    require(not hasattr(rows, "num_rows") or len(rows), f"The split {name!r} of the dataset is empty.")
+    return rows
+
+
+def held_out_name(splits: Iterable[str]) -> str | None:
+    """The split to measure on: the first of HELD_OUT that is there."""
+    return next((name for name in HELD_OUT if name in splits), None)
+
+
+def evaluation_split(splits: Splits, wanted: str | None) -> str:
+    """`wanted`, or the split to measure on, or the only one."""
+    return wanted or held_out_name(splits) or next(iter(splits))
+
+
+def image_column(rows: Any, name: str | None = None) -> str:
+    """The column that holds the images: `name`, or the only one of type Image. Raises ValueError."""
+    import datasets
+
+    if rows.features is None:  # a stream that has not said yet
+        first = next(iter(rows))
+        columns, images = list(first), [c for c in first if hasattr(first[c], "convert")]
+    else:
+        columns = list(rows.features)
+        images = [c for c in columns if isinstance(rows.features[c], datasets.Image)]
+    choice = f"--image_column with one of {', '.join(images or columns)}."
+    if name is None:
+        require(len(images) == 1, f"Which column holds the images? Write {choice}")
+        return images[0]
+    require(name in columns, f"There is no column {name!r}: write --image_column with one of {', '.join(columns)}.")
+    scalar = datasets.Value | datasets.ClassLabel
+    wrong = rows.features is not None and isinstance(rows.features[name], scalar)
+    require(not wrong, f"The column {name!r} holds no images: write {choice}")
+    return name
+
+
+def check_column(rows: Any, name: str, flag: str) -> None:
+    """Raise ValueError, naming the flag to change, unless the column is there."""
+    require(
+        name in rows.column_names, f"There is no column {name!r}: write --{flag} with {', '.join(rows.column_names)}."
+    )
+
+
+def read_texts(rows: Any, column: str) -> list[Any]:
+    """The captions of a column: a string, or a list of strings, a row; of a column of classes, their names.
+
+    Raises ValueError where there is no such column.
+    """
+    import datasets
+
+    check_column(rows, column, "caption_columns")
+    kind, values = rows.features[column], list(rows[column])
+    return [kind.names[value] for value in values] if isinstance(kind, datasets.ClassLabel) else values
+
+
+def class_columns(rows: Any) -> list[str]:
+    """The columns of type ClassLabel."""
+    import datasets
+
+    return [name for name, kind in rows.features.items() if isinstance(kind, datasets.ClassLabel)]
+
+
+def read_labels(splits: Splits, split: str, column: str) -> tuple[torch.Tensor, list[str]]:
+    """(index of each row's class (rows,), names of the classes), of a column of classes, whole numbers or names.
+
+    One mapping holds for all splits of the dataset: that of a ClassLabel, or the sorted values of all splits. Raises
+    ValueError where the column is missing or holds something else.
+    """
+    import datasets
+
+    rows = pick_split(splits, split)
+    check_column(rows, column, "label_column")
+    if isinstance(rows.features[column], datasets.ClassLabel):
+        return torch.tensor(list(rows[column])), list(rows.features[column].names)
+    found = {value for part in splits.values() if column in part.column_names for value in part[column]}
+    good = len({type(value) for value in found}) == 1 and all(isinstance(value, int | str) for value in found)
+    require(
+        good, f"The column {column!r} holds no classes: write --label_column with a column of whole numbers or names."
+    )
+    index = {value: i for i, value in enumerate(sorted(found))}
+    return torch.tensor([index[value] for value in rows[column]]), [str(value) for value in index]

@@ -1,0 +1,117 @@
+"""A folder or a Hub id -> a model, an autoencoder of ours or of diffusers, or a text-to-image pipeline.
+
+Weights are read from safetensors alone, and the code of a repository is not run. Whatever goes wrong is one
+ValueError.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoImageProcessor, AutoModel
+from transformers.utils import logging
+
+from .errors import first_line, require
+from .models.image_processing import AutoencoderImageProcessor
+
+CHECKOUT = Path(__file__).resolve().parent.parent
+"""The folder of the project, where the package runs from a checkout."""
+DEFAULT_PIPELINE = CHECKOUT / "model_cards" / "emoji-text-to-image"
+"""The text-to-image pipeline that a checkout carries."""
+
+
+@contextlib.contextmanager
+def opening(what: str, name: str | Path) -> Iterator[None]:
+    """Open a checkpoint inside: any error becomes a ValueError that names `what` it is and the folder or Hub id."""
+    good = Path(name).is_dir() or str(name).count("/") == 1
+    require(good, f"The {what} {name} is neither a folder nor a Hub id (owner/name).")
+    logging.disable_progress_bar()
+    try:
+        yield
+    except SafetensorError as error:
+        raise ValueError(f"The {what} {name} is damaged: {first_line(error)}") from None
+    except Exception as error:  # not there, offline, of another kind: each library has its own exceptions
+        raise ValueError(f"The {what} {name} cannot be loaded: {first_line(error)}") from None
+
+
+def load_model(
+    name: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> tuple[Any, AutoencoderImageProcessor]:
+    """(model in eval mode, image processor) of a folder or Hub id, one of this family. Raises ValueError."""
+    with opening("model", name):
+        kind = AutoConfig.from_pretrained(name).model_type
+        require(kind.startswith("hf_ae_"), f"{name} is a {kind!r} model, not one of hf_ae's.")
+        model = AutoModel.from_pretrained(name, dtype=dtype, use_safetensors=True)
+        return model.eval().to(device), AutoImageProcessor.from_pretrained(name)
+
+
+def load_autoencoder(name: str | Path, subfolder: str = "", dtype: torch.dtype = torch.float32) -> Any:
+    """A model of this family, or diffusers' AutoencoderKL or AutoencoderTiny, in eval mode. Raises ValueError.
+
+    `subfolder`: where the folder or Hub id is that of a pipeline, such as "vae".
+    """
+    from diffusers import AutoencoderKL, AutoencoderTiny
+
+    kinds: dict[str, Any] = {cls.__name__: cls for cls in (AutoencoderKL, AutoencoderTiny)}
+    with opening("model", name):
+        config = AutoencoderKL.load_config(str(name), subfolder=subfolder or None)
+        ours = str(config.get("model_type")).startswith("hf_ae_")
+        kind = AutoModel if ours else kinds.get(str(config.get("_class_name")))
+        require(kind, f"it is none of hf_ae's models, {' or '.join(kinds)}.")
+        return kind.from_pretrained(name, subfolder=subfolder, dtype=dtype, use_safetensors=True).eval()
+
+
+def load_pipeline(name: str | Path | None = None, scheduler: str | None = None) -> Any:
+    """The text-to-image pipeline of a folder or Hub id, with another diffusers scheduler where asked. Raises
+    ValueError.
+
+    Default: the pipeline that a checkout of the project carries.
+    """
+    import diffusers
+
+    from .pipelines.text_to_image import TextToImagePipeline
+
+    found = name is not None or (DEFAULT_PIPELINE / "model_index.json").is_file()
+    require(found, "Which pipeline? Write --model with a folder or a Hub id.")
+    name = DEFAULT_PIPELINE if name is None else name
+    with opening("pipeline", name):
+        pipe = TextToImagePipeline.from_pretrained(name)
+    if scheduler is not None:
+        kind = getattr(diffusers, scheduler, None)
+        good = isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)
+        require(good, f"diffusers has no scheduler {scheduler!r}: write DDIMScheduler, DPMSolverMultistepScheduler, …")
+        pipe.scheduler = kind.from_config(pipe.scheduler.config)  # type: ignore[union-attr]
+    return pipe
+
+
+def image_processor_for(autoencoder: Any, image_size: int | None = None) -> AutoencoderImageProcessor:
+    """The image processor that fits an autoencoder, one of ours or of diffusers, for square images of `image_size`.
+
+    Raises ValueError where the size does not divide by the pixels of a latent position.
+    """
+    config = autoencoder.config
+    if not hasattr(config, "image_hw"):  # one of diffusers
+        size = image_size or config.sample_size
+        fields: dict[str, Any] = {"num_channels": config.in_channels, "pixel_range": [-1.0, 1.0]}
+    else:
+        size = image_size or config.image_hw
+        fields = {"num_channels": config.num_channels, "pixel_range": list(config.pixel_range)}
+    scale = 2 ** (len(config.block_out_channels) - 1)
+    wrong = image_size is not None and (image_size < scale or image_size % scale)
+    require(
+        not wrong,
+        f"image_size={image_size} does not divide by {scale}, the pixels of a latent position: write a multiple of it.",
+    )
+    height, width = (size, size) if isinstance(size, int) else size
+    return AutoencoderImageProcessor(size={"height": height, "width": width}, **fields)
+
+
+def pipeline_image_processor(pipe: Any) -> AutoencoderImageProcessor:
+    """The image processor for images of the size that a text-to-image pipeline draws."""
+    size, scale = pipe.unet.config.sample_size, 2 ** (len(pipe.vae.config.block_out_channels) - 1)
+    return image_processor_for(pipe.vae, (size if isinstance(size, int) else size[0]) * scale)

@@ -1,0 +1,79 @@
+"""Images as people have them <-> pixels (batch, channels, height, width) in [0, 1], float32."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.nn import functional as F
+
+
+def require(condition: object, message: str) -> None:
+    """Raise ValueError with the message unless the condition holds."""
+    if not condition:
+        raise ValueError(message)
+
+
+def read_images(images: Any, channels: int, size: Sequence[int | None]) -> torch.Tensor:
+    """One image or a list: PIL images, arrays (height, width, channels) or tensors (channels, height, width) in [0, 1]
+    -> pixels, resized to the (height, width) that `size` has. Raises ValueError."""
+    batch = [read_image(image, channels) for image in (images if isinstance(images, (list, tuple)) else [images])]
+    require(batch, "image=[] holds no image.")
+    for i, pixels in enumerate(batch):
+        sides = tuple(side or own for side, own in zip(size, pixels.shape[2:]))
+        if sides != pixels.shape[2:]:
+            batch[i] = F.interpolate(pixels, size=sides, mode="bicubic", antialias=True).clamp(0, 1)
+    sizes = sorted({tuple(pixels.shape[2:]) for pixels in batch})
+    require(len(sizes) == 1, f"images of several sizes, {sizes}: write height= and width= to resize them all.")
+    return torch.cat(batch)
+
+
+def read_image(image: Any, channels: int) -> torch.Tensor:
+    """One image, or a batch as array or tensor -> pixels. Transparent parts become white. Raises ValueError."""
+    if isinstance(image, Image.Image):
+        if image.has_transparency_data:
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+        image = np.asarray(image.convert("L" if channels == 1 else "RGB"))
+    if isinstance(image, np.ndarray):
+        image = torch.tensor(image[..., None] if image.ndim == 2 else image).movedim(-1, -3)
+    kind = type(image).__name__
+    require(isinstance(image, torch.Tensor), f"image is a {kind}: pass a PIL image, an array, a tensor, or a list.")
+    pixels = image.float() / 255 if image.dtype == torch.uint8 else image.float()
+    pixels = pixels[None] if pixels.ndim == 3 else pixels
+    wanted = f"a tensor ({channels}, height, width) or an array (height, width, {channels})"
+    good = pixels.ndim == 4 and pixels.shape[1] == channels
+    require(good, f"image has shape {tuple(image.shape)}: pass {wanted}.")
+    low, high = pixels.min().item(), pixels.max().item()
+    require(low >= 0 and high <= 1, f"image has values from {low:.3g} to {high:.3g}: pass values in [0, 1].")
+    return pixels
+
+
+def present(pixels: torch.Tensor, output_type: str) -> list[Image.Image] | np.ndarray | torch.Tensor:
+    """Pixels -> the same as tensor (`pt`), array (batch, height, width, channels; `np`) or PIL images (`pil`)."""
+    if output_type == "pt":
+        return pixels
+    if output_type == "np":
+        return pixels.permute(0, 2, 3, 1).cpu().numpy()
+    arrays = pixels.mul(255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    return [Image.fromarray(array.squeeze(2) if array.shape[2] == 1 else array) for array in arrays]
+
+
+def pixel_range(autoencoder: Any) -> tuple[float, float]:
+    """What an autoencoder's pixels are in: [-1, 1] unless its configuration says otherwise."""
+    low, high = getattr(getattr(autoencoder, "config", None), "pixel_range", (-1.0, 1.0))
+    return low, high
+
+
+def dtype_of(model: torch.nn.Module) -> torch.dtype:
+    """The dtype of a model's floating-point weights; float32 where it has none."""
+    return next((weight.dtype for weight in model.parameters() if weight.is_floating_point()), torch.float32)
+
+
+def decode(decoder: Any, latents: torch.Tensor) -> torch.Tensor:
+    """Unscaled latents -> pixels."""
+    low, high = pixel_range(decoder)
+    pixels = decoder.decode(latents.to(dtype_of(decoder))).sample.float()
+    return pixels.sub(low).div(high - low).clamp(0, 1)
