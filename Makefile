@@ -26,9 +26,9 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# After a change to the modules that ship with checkpoints and pipelines: bring the copies and the cards up to date.
+# The cards of model_cards, and beside the weights the code that a repository carries (git ignores it).
 cards: $(READY)
-	$(BIN)/python -c "from pathlib import Path; from hf_ae.hub import refresh; [refresh(p.parent) for name in ('config', 'model_index') for p in Path('model_cards').glob(f'*/{name}.json')]"
+	$(BIN)/python -c "from pathlib import Path; from hf_ae.hub.push import refresh; [refresh(p.parent) for name in ('config', 'model_index') for p in Path('model_cards').glob(f'*/{name}.json')]"
 
 clean:
 	rm -rf $(VENV) build dist demo *.egg-info

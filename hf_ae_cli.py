@@ -13,22 +13,34 @@ import typer
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None, help=__doc__)
 
+
+def option(text: str, *names: str, **limits: Any) -> Any:
+    """An option with this help text; it is named like its parameter, with hyphens, unless `names` says otherwise."""
+    return typer.Option(*names, help=text, **limits)
+
+
 ModelArgument = Annotated[str, typer.Argument(help="Folder or Hub id of a model.")]
-Model = Annotated[str, typer.Option("--model", help="Folder or Hub id of a model.")]
+Model = Annotated[str, option("Folder or Hub id of a model.")]
 ImageFile = Annotated[Path, typer.Argument(help="Image file.")]
-Dataset = Annotated[str, typer.Option("--dataset_name", help="Hub id of a dataset, or a folder.")]
-DatasetConfig = Annotated[str | None, typer.Option("--dataset_config_name", help="Where the dataset has several.")]
-ImageColumn = Annotated[str | None, typer.Option("--image_column", help="Default: the only one with images.")]
-LabelColumn = Annotated[str | None, typer.Option("--label_column", help="Fit the sampler to each of these classes.")]
-Split = Annotated[str | None, typer.Option("--split", help="Split to measure on; default: test or validation.")]
-TrainSplit = Annotated[str, typer.Option("--train_split", help="Split to fit PCA and samplers on.")]
-MaxImages = Annotated[int | None, typer.Option("--max_images", min=1, help="Take the first images only.")]
-Binarize = Annotated[bool, typer.Option("--binarize", help="One fixed 0/1 draw of each pixel.")]
-Quality = Annotated[float | None, typer.Option("--quality", help="0 (smallest files) to 1; default: the model's.")]
-SAMPLER = "Draw latents from: saved, prior, gaussian, mixture (fitted now)."
-SamplerKind = Annotated[str | None, typer.Option("--sampler", help=SAMPLER)]
-NETWORK = "A transformers image model; default: the small one that ships."
-Network = Annotated[str | None, typer.Option("--feature_network", help=NETWORK)]
+Dataset = Annotated[str, option("Hub id of a dataset, or a folder.", "--dataset_name")]
+DatasetConfig = Annotated[str | None, option("Where the dataset has several.", "--dataset_config_name")]
+ImageColumn = Annotated[str | None, option("Default: the only one with images.", "--image_column")]
+LabelColumn = Annotated[str | None, option("Fit the sampler to each of these classes.", "--label_column")]
+Split = Annotated[str | None, option("Split to measure on; default: test or validation.")]
+TrainSplit = Annotated[str, option("Split to fit PCA and samplers on.", "--train_split")]
+MaxImages = Annotated[int | None, option("Take the first images only.", "--max_images", min=1)]
+Binarize = Annotated[bool, option("One fixed 0/1 draw of each pixel.", "--binarize")]
+Quality = Annotated[float | None, option("0 (smallest files) to 1; default: the model's.")]
+SamplerKind = Annotated[
+    str | None, option("Draw latents from: saved, prior, gaussian, mixture (fitted now).", "--sampler")
+]
+Network = Annotated[
+    str | None, option("An image model of transformers; default: one that ships.", "--feature_network")
+]
+Tasks = Annotated[str | None, option("reconstruction,likelihood,compression,generation; default: the first three.")]
+Pipeline = Annotated[str | None, option("Folder or Hub id of a pipeline; default: emoji-text-to-image.", "--model")]
+Table = Annotated[Path | None, option("Table to write, .md or .json; a figure .png beside it.", "-o", "--output")]
+OutputFile = Annotated[Path, option("File to write.", "-o", "--output")]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -58,13 +70,8 @@ def evaluate(
     image_column: ImageColumn = None,
     split: Split = None,
     train_split: TrainSplit = "train",
-    tasks: Annotated[
-        str | None,
-        typer.Option(
-            help="reconstruction,likelihood,compression,generation; default: what applies of the first three."
-        ),
-    ] = None,
-    samples: Annotated[int, typer.Option(min=1, help="Importance samples an image for the likelihood.")] = 100,
+    tasks: Tasks = None,
+    samples: Annotated[int, option("Importance samples an image for the likelihood.", min=1)] = 100,
     max_images: MaxImages = None,
     binarize: Binarize = False,
     sampler: SamplerKind = None,
@@ -74,21 +81,12 @@ def evaluate(
     """Measure a model on a dataset, beside PCA; in a local folder, write metrics.json, figures and the card."""
     from hf_ae.evaluation import evaluate as evaluation
 
-    metrics = evaluation.evaluate(
-        model,
-        dataset_name,
-        dataset_config_name=dataset_config_name,
-        image_column=image_column,
-        split=split,
-        train_split=train_split,
-        tasks=tasks,
-        samples=samples,
-        max_images=max_images,
-        binarize=binarize,
-        sampler=sampler,
-        label_column=label_column,
-        feature_network=feature_network,
+    data: dict[str, Any] = dict(
+        dataset_config_name=dataset_config_name, image_column=image_column, split=split, train_split=train_split
     )
+    how: dict[str, Any] = dict(tasks=tasks, samples=samples, max_images=max_images, binarize=binarize)
+    generation: dict[str, Any] = dict(sampler=sampler, label_column=label_column, feature_network=feature_network)
+    metrics = evaluation.evaluate(model, dataset_name, **data, **how, **generation)
     print(evaluation.summary(metrics))
     if Path(model).is_dir():
         print(f"Written to {model}: metrics.json, the card README.md and its figures")
@@ -98,15 +96,15 @@ def evaluate(
 def fit_sampler(
     model: Annotated[str, typer.Argument(help="Folder of a model.")],
     dataset_name: Dataset,
-    kind: Annotated[str, typer.Option(help="prior, gaussian or mixture.")] = "mixture",
-    components: Annotated[int, typer.Option(min=1, help="Gaussians of a mixture, for each class.")] = 10,
+    kind: Annotated[str, option("prior, gaussian or mixture.")] = "mixture",
+    components: Annotated[int, option("Gaussians of a mixture, for each class.", min=1)] = 10,
     train_split: TrainSplit = "train",
     dataset_config_name: DatasetConfig = None,
     image_column: ImageColumn = None,
     label_column: LabelColumn = None,
     max_images: MaxImages = None,
     binarize: Binarize = False,
-    seed: Annotated[int, typer.Option(help="Of the mixture's start.")] = 0,
+    seed: Annotated[int, option("Of the mixture's start.")] = 0,
 ) -> None:
     """Fit a distribution to the latents of training images, to draw new images from, and save it beside the model."""
     from hf_ae.latents import sampling
@@ -122,9 +120,7 @@ def fit_sampler(
 def compare(
     models: Annotated[list[str], typer.Argument(help="Folders or Hub ids of models.")],
     dataset_name: Dataset,
-    output: Annotated[
-        Path | None, typer.Option("-o", "--output", help="Table to write, .md or .json; a figure .png beside it.")
-    ] = None,
+    output: Table = None,
     split: Split = None,
     max_images: MaxImages = None,
     sampler: SamplerKind = None,
@@ -146,9 +142,7 @@ def compare(
 def reconstruct(
     images: Annotated[list[Path], typer.Argument(help="Image files.")],
     model: Model,
-    output: Annotated[
-        Path, typer.Option("-o", "--output", help="Figure to write: originals above, reconstructions below.")
-    ] = Path("reconstruction.png"),
+    output: OutputFile = Path("reconstruction.png"),
 ) -> None:
     """Send image files through a model and draw them beside what comes back."""
     from hf_ae.evaluation.evaluate import reconstruct as reconstruct_images
@@ -159,7 +153,7 @@ def reconstruct(
     check_image_path(output)
     loaded, processor = load_model(model)
     low, high = loaded.config.pixel_range
-    pixels = (processor([str(p) for p in images], return_tensors="pt").pixel_values - low) / (high - low)
+    pixels = (processor.preprocess(images, return_tensors="pt").pixel_values - low) / (high - low)
     rebuilt = reconstruct_images(loaded, pixels)
     labelled_rows({"original": pixels, "reconstruction": rebuilt}, output, cell=112)
     for path, x, r in zip(images, pixels, rebuilt):
@@ -168,12 +162,7 @@ def reconstruct(
 
 
 @app.command()
-def compress(
-    image: ImageFile,
-    model: Model,
-    output: Annotated[Path, typer.Option("-o", "--output", help="File to write, *.hfae.")],
-    quality: Quality = None,
-) -> None:
+def compress(image: ImageFile, model: Model, output: OutputFile, quality: Quality = None) -> None:
     """Compress an image with an autoencoder into a small file that names the model."""
     check_folder_of(output)
     from hf_ae import codec
@@ -187,10 +176,8 @@ def compress(
 @app.command()
 def decompress(
     file: Annotated[Path, typer.Argument(help="A file that hf-ae compress wrote.")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="Image to write.")],
-    model: Annotated[
-        str | None, typer.Option(help="Folder or Hub id; default: the model that the file names.")
-    ] = None,
+    output: OutputFile,
+    model: Annotated[str | None, option("Folder or Hub id; default: the model that the file names.")] = None,
 ) -> None:
     """Turn a compressed file back into an image."""
     check_image_path(output)
@@ -205,12 +192,7 @@ def decompress(
 
 @app.command()
 def roundtrip(
-    image: ImageFile,
-    model: Model,
-    output: Annotated[
-        Path, typer.Option("-o", "--output", help="Panel: original, latents, decoded, and other formats.")
-    ] = Path("roundtrip.png"),
-    quality: Quality = None,
+    image: ImageFile, model: Model, output: OutputFile = Path("roundtrip.png"), quality: Quality = None
 ) -> None:
     """Compress and decompress an image, and draw what comes back beside JPEG, WebP and AVIF of the same size."""
     check_image_path(output)
@@ -227,26 +209,20 @@ def roundtrip(
 @app.command()
 def generate(
     prompt: Annotated[str, typer.Argument(help="What to draw.")],
-    output: Annotated[
-        Path, typer.Option("-o", "--output", help="Image to write; several are put on one sheet.")
-    ] = Path("image.png"),
-    model: Annotated[
-        str | None, typer.Option(help="Folder or Hub id of a pipeline; default: emoji-text-to-image.")
-    ] = None,
-    negative_prompt: Annotated[str | None, typer.Option(help="What not to draw.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Denoising steps; default: the pipeline's.")] = None,
-    guidance_scale: Annotated[float | None, typer.Option(help="How closely to follow the prompt; 1: freely.")] = None,
-    seed: Annotated[int, typer.Option(help="The same seed gives the same image.")] = 0,
-    images: Annotated[int, typer.Option(min=1, help="Images to draw, with seeds from --seed on.")] = 1,
-    height: Annotated[int | None, typer.Option(help="In pixels; default: the size of training.")] = None,
-    width: Annotated[int | None, typer.Option(help="In pixels.")] = None,
-    image: Annotated[Path | None, typer.Option(help="Start from this image.")] = None,
-    strength: Annotated[float, typer.Option(help="How far to leave --image: 0 not at all, 1 entirely.")] = 0.8,
-    scheduler: Annotated[
-        str | None, typer.Option(help="A diffusers scheduler class; default: the pipeline's.")
-    ] = None,
-    steps_grid: Annotated[str | None, typer.Option(help="Draw a sheet, one row for each: 10,15,20,30,40.")] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="Columns of the sheet.")] = 4,
+    output: OutputFile = Path("image.png"),
+    model: Pipeline = None,
+    negative_prompt: Annotated[str | None, option("What not to draw.")] = None,
+    steps: Annotated[int | None, option("Denoising steps; default: the pipeline's.")] = None,
+    guidance_scale: Annotated[float | None, option("How closely to follow the prompt; 1: freely.")] = None,
+    seed: Annotated[int, option("The same seed gives the same image.")] = 0,
+    images: Annotated[int, option("Images to draw, with seeds from --seed on.", min=1)] = 1,
+    height: Annotated[int | None, option("In pixels; default: the size of training.")] = None,
+    width: Annotated[int | None, option("In pixels.")] = None,
+    image: Annotated[Path | None, option("Start from this image.")] = None,
+    strength: Annotated[float, option("How far to leave --image: 0 not at all, 1 entirely.")] = 0.8,
+    scheduler: Annotated[str | None, option("A diffusers scheduler class; default: the pipeline's.")] = None,
+    steps_grid: Annotated[str | None, option("Draw a sheet, one row for each: 10,15,20,30,40.")] = None,
+    seeds: Annotated[int, option("Columns of the sheet.", min=1)] = 4,
 ) -> None:
     """Draw an image from a prompt with a text-to-image pipeline."""
     check_image_path(output)
@@ -273,11 +249,9 @@ def push(
     folder: Annotated[
         Path, typer.Argument(help="Folder of a model, a pipeline or a Space, exactly what the repository will hold.")
     ],
-    repo: Annotated[str, typer.Option(help="owner/name on the Hub.")],
-    private: Annotated[
-        bool, typer.Option("--private", help="Make the repository private when it is created.")
-    ] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check only; upload nothing.")] = False,
+    repo: Annotated[str, option("owner/name on the Hub.")],
+    private: Annotated[bool, option("Make the repository private when it is created.", "--private")] = False,
+    dry_run: Annotated[bool, option("Check only; upload nothing.", "--dry-run")] = False,
 ) -> None:
     """Check the folder of a model, a pipeline or a Space (weights load, card complete, no stray files), write the code
     that it carries, and upload it in one commit."""
@@ -291,8 +265,7 @@ def push(
 
 @app.command()
 def demo(
-    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the figures.")] = Path("demo"),
-    seconds: Annotated[int, typer.Option(min=5, help="How long to train, about.")] = 60,
+    output: OutputFile = Path("demo"), seconds: Annotated[int, option("How long to train, about.", min=5)] = 60
 ) -> None:
     """Show the product on what the checkout carries: prompts to images, a round trip, and a model trained, reloaded,
     evaluated."""

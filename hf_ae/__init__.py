@@ -48,7 +48,7 @@ MODELS: dict[str, type[AutoencoderModel]] = {
 for _model_type, _model in MODELS.items():
     AutoConfig.register(_model_type, _model.config_class, exist_ok=True)
     AutoModel.register(_model.config_class, _model, exist_ok=True)
-    _processors = {"pil": AutoencoderImageProcessor}
+    _processors: dict[str, type] = {"pil": AutoencoderImageProcessor}
     AutoImageProcessor.register(_model.config_class, image_processor_classes=_processors, exist_ok=True)
 
 AutoConfig.register(DiscriminatorConfig.model_type, DiscriminatorConfig, exist_ok=True)

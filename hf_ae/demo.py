@@ -22,8 +22,8 @@ from .plots import image_grid, labelled_rows
 SAMPLE = CHECKOUT / "tests" / "data" / "fashion_mnist_sample"
 EMOJI = CHECKOUT / "tests" / "data" / "noto_emoji_sample"
 PROMPTS = [
-    "a slice of pizza", "red heart", "rocket", "birthday cake", "cat face", "sunflower", "crying face", "rainbow", "guitar",
-    "kitten", "automobile", "halloween", "cold", "in love", "something sweet", "party",
+    "a slice of pizza", "red heart", "rocket", "birthday cake", "cat face", "sunflower", "crying face", "rainbow",
+    "guitar", "kitten", "automobile", "halloween", "cold", "in love", "something sweet", "party",
 ]  # fmt: skip
 
 
@@ -109,11 +109,10 @@ def round_trip(path: Path) -> None:
 
 def train(folder: Path, steps: int) -> None:
     """The training script as a user starts it."""
-    command = [
-        sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1",
-        "--mixed_precision", "no", "--dynamo_backend", "no", "-m", "hf_ae.train", "--model_type", "hf_ae_vae",
-        "--config_overrides", "network=conv,hidden_sizes=[32,64],latent_dim=16,kl_weight=0.2", "--dataset_name", str(SAMPLE),
-        "--output_dir", str(folder), "--overwrite_output_dir", "--max_train_steps", str(steps), "--train_batch_size", "64",
-        "--learning_rate", "0.002", "--validation_epochs", "0", "--random_flip",
-    ]  # fmt: skip
+    launch = "--num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no -m hf_ae.train"
+    model = "--model_type hf_ae_vae --config_overrides network=conv,hidden_sizes=[32,64],latent_dim=16,kl_weight=0.2"
+    how = f"--max_train_steps {steps} --train_batch_size 64 --learning_rate 0.002 --validation_epochs 0 --random_flip"
+    where = ["--dataset_name", str(SAMPLE), "--output_dir", str(folder), "--overwrite_output_dir"]
+    flags = [*launch.split(), *model.split(), *how.split(), *where]
+    command = [sys.executable, "-m", "accelerate.commands.launch", *flags]
     require(subprocess.run(command).returncode == 0, "The training did not finish: see the lines above.")

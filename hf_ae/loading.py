@@ -61,7 +61,7 @@ def load_autoencoder(name: str | Path, subfolder: str = "", dtype: torch.dtype =
     with opening("model", name):
         config = AutoencoderKL.load_config(str(name), subfolder=subfolder or None)
         ours = str(config.get("model_type")).startswith("hf_ae_")
-        kind = AutoModel if ours else kinds.get(str(config.get("_class_name")))
+        kind: Any = AutoModel if ours else kinds.get(str(config.get("_class_name")))
         require(kind, f"it is none of hf_ae's models, {' or '.join(kinds)}.")
         return kind.from_pretrained(name, subfolder=subfolder, dtype=dtype, use_safetensors=True).eval()
 
@@ -103,10 +103,8 @@ def image_processor_for(autoencoder: Any, image_size: int | None = None) -> Auto
         fields = {"num_channels": config.num_channels, "pixel_range": list(config.pixel_range)}
     scale = 2 ** (len(config.block_out_channels) - 1)
     wrong = image_size is not None and (image_size < scale or image_size % scale)
-    require(
-        not wrong,
-        f"image_size={image_size} does not divide by {scale}, the pixels of a latent position: write a multiple of it.",
-    )
+    positions = f"{scale}, the pixels of a latent position"
+    require(not wrong, f"image_size={image_size} does not divide by {positions}: write a multiple of it.")
     height, width = (size, size) if isinstance(size, int) else size
     return AutoencoderImageProcessor(size={"height": height, "width": width}, **fields)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -29,8 +31,8 @@ def reconstruction_metrics(images: Tensor, reconstructions: Tensor) -> dict[str,
 
         chunk = max(1, 2**20 // images[0].numel())
         parts = zip(images.split(chunk), reconstructions.split(chunk))
-        total = sum(float(ssim(r, x, data_range=1.0, reduction="sum")) for x, r in parts)  # type: ignore[arg-type]
-        metrics["ssim"] = total / len(images)
+        totals: list[Any] = [ssim(r, x, data_range=1.0, reduction="sum") for x, r in parts]
+        metrics["ssim"] = torch.stack(totals).sum().item() / len(images)
     return metrics
 
 

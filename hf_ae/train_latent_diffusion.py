@@ -47,22 +47,18 @@ from hf_ae.training.tracking import log_step, make_accelerator, show_samples
 class LatentDiffusionArguments(TrainingArguments):
     """Train a text-to-image pipeline: a denoiser, conditioned on text, in the latent space of an autoencoder."""
 
-    pretrained_pipeline: str | None = flag(
-        None, "Folder or Hub id of a pipeline to fine-tune; other flags replace its parts."
-    )
-    vae: str | None = flag(
-        None, "Folder or Hub id of the autoencoder: a VAE of hf_ae with spatial latents, or AutoencoderKL."
-    )
+    pretrained_pipeline: str | None = flag(None, "Folder or Hub id of a pipeline to fine-tune.")
+    vae: str | None = flag(None, "Folder or Hub id of the autoencoder: a VAE with spatial latents, or AutoencoderKL.")
     text_encoder: str | None = flag(
         None,
-        "Folder or Hub id of a transformers text model, kept frozen; or fields of a small BERT that is trained too, such as "
+        "Folder or Hub id of a transformers text model, kept frozen; or fields of a small BERT that is trained too, as "
         '"hidden_size=64,num_hidden_layers=1". Default: such a small one.',
     )
     max_text_length: int = flag(32, "Tokens of a prompt; more are cut off.", least=3)
     image_column: str | None = flag(None, "Column of the images; default: the only one that holds images.")
     caption_columns: str = flag(
         "text",
-        "Columns of captions (text, lists of it, or classes): each step draws a column, then one caption of it. Named twice "
+        "Columns of captions (text, lists of it, or classes): each step draws one, then one caption of it. Named twice "
         "counts twice.",
     )
     caption_prior: bool = flag(
@@ -119,7 +115,7 @@ def train(args: LatentDiffusionArguments) -> None:
     )
     resume_from = check_request(args, {} if args.pretrained_pipeline else {"vae": question})
     accelerator, folder = make_accelerator(args), Path(args.output_dir)
-    base = load_pipeline(args.pretrained_pipeline) if args.pretrained_pipeline else None
+    base: Any = load_pipeline(args.pretrained_pipeline) if args.pretrained_pipeline else None
     vae = load_vae(args.vae) if args.vae else base.vae.eval().requires_grad_(False)
     vae.to(accelerator.device)
     rows = pick_split(open_dataset(str(args.dataset_name), args.dataset_config_name), args.train_split)

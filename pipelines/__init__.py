@@ -2,7 +2,8 @@
 one file."""
 
 from .caption_prior import CaptionPrior
-from .text_to_image import Preview, TextToImageOutput, TextToImagePipeline
+from .drawing_request import Preview, TextToImageOutput
+from .text_to_image import TextToImagePipeline
 from .vae_roundtrip import VAERoundTripOutput, VAERoundTripPipeline
 
 __all__ = [

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers.utils import BaseOutput
+from diffusers.utils.outputs import BaseOutput
 from PIL import Image
 
 from .image_io import read_images, require
@@ -91,7 +91,7 @@ class DrawingRequest:
                 setattr(self, name, pipe.config[f"default_{name}"])
         self._check_texts()
         self._check_numbers()
-        choice = f"num_candidates={self.num_candidates} needs a discriminator to choose the best, and this pipeline has none"
+        choice = f"num_candidates={self.num_candidates} needs a discriminator to choose, and this pipeline has none"
         good = self.num_candidates == 1 or pipe.discriminator is not None
         require(good, f"{choice}: pipe.register_modules(discriminator=discriminator), or write num_candidates=1.")
         self._check_size(pipe)

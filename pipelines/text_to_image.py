@@ -4,7 +4,7 @@
 prompt -> tokenizer -> text encoder -> (prior: the nearest known caption -> tokenizer -> text encoder)
                                         |
                                         v
- noise -> latents -> [UNet -> guidance -> scheduler] x steps -> latents -> VAE decoder -> images -> (discriminator) -> the best
+ noise -> latents -> [UNet -> guidance -> scheduler] x steps -> latents -> VAE decoder -> images -> (discriminator)
              ^                              |
  image -> VAE encoder                       '-> (light image decoder) -> previews
 ```
@@ -212,8 +212,9 @@ class TextToImagePipeline(RepoLoading, DiffusionPipeline):
             device = self._execution_device
             text = self._embed(request, device)
             timesteps = self._timesteps(request, device)
-            latents, encoded = self._start(request, timesteps, device)
-            for step, latents, output in self._denoise(request, latents, timesteps, text, previews):
+            start, encoded = self._start(request, timesteps, device)
+            latents = start
+            for step, latents, output in self._denoise(request, start, timesteps, text, previews):
                 if previews:
                     yield Preview(step, len(timesteps), self._preview(request, output, latents))
             result = self._finish(request, latents, encoded)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
-from diffusers.utils import BaseOutput
+from diffusers.utils.outputs import BaseOutput
 from PIL import Image, ImageDraw, ImageFont
 
 FORMATS: dict[str, dict[str, Any]] = {"JPEG": dict(optimize=True), "WebP": dict(method=6), "AVIF": dict(speed=4)}

@@ -4,6 +4,8 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+os.environ["OMP_NUM_THREADS"] = "1"  # tiny models are no faster with more, and several tests run at a time
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 from pathlib import Path
 
@@ -29,8 +31,9 @@ def train_args(tmp_path):
 
     def make(**values):
         defaults = dict(
-            dataset_name=str(SAMPLE), output_dir=str(tmp_path / "run"), max_train_samples=200, max_eval_samples=50, max_train_steps=4,
-            train_batch_size=20, config_overrides="hidden_sizes=[16],latent_dim=4", validation_epochs=0,
+            dataset_name=str(SAMPLE), output_dir=str(tmp_path / "run"), max_train_samples=200, max_eval_samples=50,
+            max_train_steps=4, train_batch_size=20, config_overrides="hidden_sizes=[16],latent_dim=4",
+            validation_epochs=0,
         )  # fmt: skip
         return ImageTrainingArguments(**{**defaults, **values})
 
@@ -49,9 +52,9 @@ def space():
 
 @pytest.fixture
 def warnings(monkeypatch):
-    """The warnings of the text-to-image pipeline."""
-    from hf_ae.pipelines import text_to_image
+    """The warnings of the text-to-image pipeline, of all its modules."""
+    from hf_ae.pipelines import repo_parts
 
-    said: list[str] = []
-    monkeypatch.setattr(text_to_image.logger, "warning", said.append)
-    return said
+    logged: list[str] = []
+    monkeypatch.setattr(repo_parts.logger, "warning", logged.append)
+    return logged

@@ -71,7 +71,10 @@ class HubServer:
         self._repos: dict[str, list[Commit]] = {}  # "models/me/vae" -> its commits, oldest first
         self._private: set[str] = set()
         self._lfs: dict[str, bytes] = {}  # sha256 -> content
-        api, plain = "/api/{kind}/{owner}/{name}", ("/datasets/{owner}/{name}", "/spaces/{owner}/{name}", "/{owner}/{name}")
+        api, plain = (
+            "/api/{kind}/{owner}/{name}",
+            ("/datasets/{owner}/{name}", "/spaces/{owner}/{name}", "/{owner}/{name}"),
+        )
         routes = [
             Route("/api/whoami-v2", self._whoami),
             Route("/api/repos/create", self._create, methods=["POST"]),

@@ -24,7 +24,12 @@ def running_space(seconds: float = 120, app: Path = APP, **environment: str):
     """The address of a Space that answers."""
     port = free_port()
     url, log = f"http://127.0.0.1:{port}", tempfile.TemporaryFile("w+")  # noqa: SIM115
-    env = {**os.environ, "GRADIO_SERVER_PORT": str(port), "GRADIO_SERVER_NAME": "127.0.0.1", "HF_HUB_OFFLINE": "1"} | environment
+    env = {
+        **os.environ,
+        "GRADIO_SERVER_PORT": str(port),
+        "GRADIO_SERVER_NAME": "127.0.0.1",
+        "HF_HUB_OFFLINE": "1",
+    } | environment
     process = subprocess.Popen([sys.executable, app], env=env, stdout=log, stderr=subprocess.STDOUT)
     try:
         deadline = time.monotonic() + seconds

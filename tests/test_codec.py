@@ -17,26 +17,30 @@ from test_compressive import shaken
 from variants import make
 
 import hf_ae
+from hf_ae.codec import CorruptFileError, compress, decompress
 from hf_ae.codec import compression as codec
 from hf_ae.codec import container as bitstream
 from hf_ae.codec import methods as codec_methods
 from hf_ae.codec.container import File, SymbolDecoder, SymbolEncoder, SymbolTables, pack, unpack
-from hf_ae_cli import main
-from hf_ae.codec import CorruptFileError, compress, decompress
 from hf_ae.pipelines.vae_roundtrip import VAERoundTripPipeline, encode_as
+from hf_ae_cli import main
 
 
 def picture(width=61, height=40, mode="L", seed=0):
     """A smooth picture with some noise."""
     rng = np.random.default_rng(seed)
     small = Image.fromarray(rng.integers(0, 255, (6, 8, 3), dtype=np.uint8))
-    array = np.asarray(small.resize((width, height), Image.Resampling.BICUBIC)).astype(int) + rng.integers(-6, 7, (height, width, 3))
+    array = np.asarray(small.resize((width, height), Image.Resampling.BICUBIC)).astype(int) + rng.integers(
+        -6, 7, (height, width, 3)
+    )
     return Image.fromarray(array.clip(0, 255).astype(np.uint8)).convert(mode)
 
 
 def rgb_model():
     torch.manual_seed(0)
-    fields = dict(image_size=32, hidden_sizes=[8, 8], patch_size=4, num_res_blocks=1, latent_channels=24, hyper_channels=[8, 4])
+    fields = dict(
+        image_size=32, hidden_sizes=[8, 8], patch_size=4, num_res_blocks=1, latent_channels=24, hyper_channels=[8, 4]
+    )
     return hf_ae.CompressiveAutoencoderModel(hf_ae.CompressiveAutoencoderConfig(**fields)).eval()
 
 
@@ -82,7 +86,9 @@ def test_header_is_what_the_documentation_says():
     assert data == expected + zlib.crc32(expected).to_bytes(4, "little")
     assert unpack(data) == file
     assert len(pack(File("hyperprior", "RGB", 768, 512, b"abc", "", b""))) == 14
-    assert unpack(pack(File("hyperprior", "L", 1, 1, b"abc", "", b""))) == File("hyperprior", "L", 1, 1, b"abc", "", b"")
+    assert unpack(pack(File("hyperprior", "L", 1, 1, b"abc", "", b""))) == File(
+        "hyperprior", "L", 1, 1, b"abc", "", b""
+    )
     with pytest.raises(ValueError, match="255"):
         pack(File("latents", "L", 3, 5, b"abc", "é" * 128, b""))
 
@@ -102,7 +108,9 @@ def test_damaged_files_are_refused_and_never_give_a_picture(gray):
             other = files[(trial + 1) % 3]
             data = data[: rng.integers(5, len(data))] + other[rng.integers(5, len(other)) :]
         else:
-            data = rng.integers(0, 256, rng.integers(0, 200), dtype=np.uint8).tobytes() + bytes(data[: rng.integers(len(data))])
+            data = rng.integers(0, 256, rng.integers(0, 200), dtype=np.uint8).tobytes() + bytes(
+                data[: rng.integers(len(data))]
+            )
         if bytes(data) in files:
             continue
         with pytest.raises(CorruptFileError):
@@ -119,9 +127,18 @@ def test_hostile_headers_with_a_right_checksum_are_refused_before_anything_is_al
     data = compress(gray, picture(), quality=0.5, model_id="")
     content, own = data[:-4], codec.fingerprint(gray)
     head = 5  # magic, kind, width and height of one byte each
-    huge = [bitstream.varint(w) + bitstream.varint(h) for w, h in ((2**31, 2**31), (70000, 70000), (2**34, 1), (0, 5), (8193, 8192))]
+    huge = [
+        bitstream.varint(w) + bitstream.varint(h)
+        for w, h in ((2**31, 2**31), (70000, 70000), (2**34, 1), (0, 5), (8193, 8192))
+    ]
     hostile = [content[:3] + size + content[head:] for size in huge]
-    kinds = (0x40, 0x27, 0x21, 0x22, 0x28)  # another version, method 7, another model's method, a name that is not there
+    kinds = (
+        0x40,
+        0x27,
+        0x21,
+        0x22,
+        0x28,
+    )  # another version, method 7, another model's method, a name that is not there
     hostile += [content[:2] + bytes([kind]) + content[3:] for kind in kinds]
     hostile += [content[:3] + b"\xff" * 9, content[:head] + b"\xff" * 3 + content[head + 3 :], content[: head + 3]]
     hostile += [content[:2] + b"\x28" + content[3 : head + 3] + name for name in (b"\xff", b"\x02\xff\xff", b"")]
@@ -189,7 +206,9 @@ for path in sorted(Path(sys.argv[1]).glob("*.hfae")):
 def test_decoder_gets_the_latents_that_the_encoder_wrote(gray, monkeypatch):
     image, seen = picture(), []
     monkeypatch.setattr(
-        codec_methods, "decode_tiles", lambda model, latents: seen.append(latents) or torch.zeros(1, 1, 64, 64, dtype=torch.uint8)
+        codec_methods,
+        "decode_tiles",
+        lambda model, latents: seen.append(latents) or torch.zeros(1, 1, 64, 64, dtype=torch.uint8),
     )
     for quality in (0.0, 0.4, 1.0):
         decompress(compress(gray, image, quality), gray)
@@ -306,7 +325,9 @@ from hf_ae.codec.compression import decompress
 print([zlib.crc32(decompress((Path(sys.argv[1]) / f"{n}.hfae").read_bytes()).tobytes()) for n in range(4)])
 """
     for count in ("1", "2"):
-        run = subprocess.run([sys.executable, "-c", child, tmp_path, count], capture_output=True, text=True, cwd=os.getcwd())
+        run = subprocess.run(
+            [sys.executable, "-c", child, tmp_path, count], capture_output=True, text=True, cwd=os.getcwd()
+        )
         assert run.returncode == 0, run.stderr[-2000:]
         assert json.loads(run.stdout.splitlines()[-1]) == [zlib.crc32(p) for p in pictures]
 
@@ -328,10 +349,13 @@ def test_latents_of_any_autoencoder_survive(name):
     assert len(coarse) < len(fine)
     decoded = decompress(fine, model)
     pixels = codec_methods.pad_to(
-        torch.from_numpy(np.array(image)).view(*size[::-1], channels).permute(2, 0, 1)[None], max(1, model.config.downsampling)
+        torch.from_numpy(np.array(image)).view(*size[::-1], channels).permute(2, 0, 1)[None],
+        max(1, model.config.downsampling),
     )
     with torch.no_grad():
-        exact = codec_methods.to_pixels(model, model.decode(model.encode(codec_methods.to_values(model, pixels)).latents).sample)
+        exact = codec_methods.to_pixels(
+            model, model.decode(model.encode(codec_methods.to_values(model, pixels)).latents).sample
+        )
     exact = exact[0, :, : size[1], : size[0]].permute(1, 2, 0).squeeze(-1).numpy()
     assert decoded.size == size and psnr(decoded, exact) > 35
     with pytest.raises(CorruptFileError, match="fingerprint"):
@@ -366,10 +390,14 @@ def test_autoencoders_of_diffusers(kind, tmp_path):
     assert unpack(data).model_id == str(tmp_path)
     assert decompress(data).size == (70, 50)
     sample = model.eval().encode(
-        codec_methods.to_values(model, codec_methods.pad_to(torch.from_numpy(np.array(image)).permute(2, 0, 1)[None], 2))
+        codec_methods.to_values(
+            model, codec_methods.pad_to(torch.from_numpy(np.array(image)).permute(2, 0, 1)[None], 2)
+        )
     )
     latents = sample.latent_dist.mode() if kind == "AutoencoderKL" else sample.latents
-    exact = codec_methods.to_pixels(model, model.decode(latents.detach()).sample.detach())[0, :, :50, :70].permute(1, 2, 0)
+    exact = codec_methods.to_pixels(model, model.decode(latents.detach()).sample.detach())[0, :, :50, :70].permute(
+        1, 2, 0
+    )
     assert psnr(decompress(data), exact) > 35
     palette = compress(model, image, palette=True, model_id="")
     assert decompress(palette, model).size == (70, 50)
@@ -385,7 +413,9 @@ def test_the_round_trip_pipeline_shows_what_the_codec_does_and_the_nearest_files
     assert result.decoded.bpp == pytest.approx(8 * len(result.data) / (61 * 40))
     for name, found in result.others.items():
         sizes = [len(encode_as(image, name, quality)) for quality in range(101)]
-        assert abs(found.size - len(result.data)) <= 1.1 * min(abs(size - len(result.data)) for size in sizes) + 16, name
+        assert abs(found.size - len(result.data)) <= 1.1 * min(abs(size - len(result.data)) for size in sizes) + 16, (
+            name
+        )
     with pytest.raises(ValueError, match=r"others=.*TIFF.* are not known"):
         VAERoundTripPipeline(model)(image, others=["TIFF"])
 

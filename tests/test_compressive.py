@@ -110,7 +110,9 @@ def test_tables_are_the_model_in_whole_numbers():
         masses = torch.cat([table[:1], 2 * table[1:-1], table[-1:]]).double()
         assert abs(masses.sum() / TABLE_TOTAL - 1) < 2e-3 and table.min() >= 1 and len(table) == table_reach(scale) + 2
         bits = -(table[:2].double() / TABLE_TOTAL).log2()
-        torch.testing.assert_close(bits.float(), gaussian_bits(torch.tensor([0.0, 1.0]), torch.tensor(scale)), atol=0.02, rtol=0.02)
+        torch.testing.assert_close(
+            bits.float(), gaussian_bits(torch.tensor([0.0, 1.0]), torch.tensor(scale)), atol=0.02, rtol=0.02
+        )
 
 
 def test_no_weight_is_near_a_rounding_boundary():
@@ -123,7 +125,9 @@ def test_no_weight_is_near_a_rounding_boundary():
 def test_transform_starts_as_an_orthonormal_dct():
     from scipy.fft import dctn
 
-    config = hf_ae.CompressiveAutoencoderConfig(image_size=16, hidden_sizes=[8], patch_size=4, latent_channels=48, num_channels=3)
+    config = hf_ae.CompressiveAutoencoderConfig(
+        image_size=16, hidden_sizes=[8], patch_size=4, latent_channels=48, num_channels=3
+    )
     model = hf_ae.CompressiveAutoencoderModel(config)
     patch = torch.rand(1, 3, 4, 4)
     code = model.encoder(patch)[0].flatten()
@@ -135,7 +139,9 @@ def test_transform_starts_as_an_orthonormal_dct():
 def test_quality_sets_lambda_and_trades_bits_for_distortion():
     model = make("compressive").eval()
     low, high = model.config.lambda_range
-    torch.testing.assert_close(model.lambda_of(torch.tensor([0, 64, 128])), torch.tensor([low, math.sqrt(low * high), high]))
+    torch.testing.assert_close(
+        model.lambda_of(torch.tensor([0, 64, 128])), torch.tensor([low, math.sqrt(low * high), high])
+    )
     x = torch.nn.functional.interpolate(torch.rand(1, 1, 6, 6), (48, 48), mode="bicubic").clamp(0, 1)
     outputs = [(model.encode(x, quality=q), model(x, quality=q)) for q in (0, 0.3, 0.7, 1)]
     bits = [float(encoded.bits.detach()) for encoded, _ in outputs]
@@ -202,7 +208,9 @@ def test_tables_follow_training_and_loaded_models_keep_theirs(tmp_path):
 def test_gradients_pass_rounding_and_rise_from_below_a_bound():
     x = torch.tensor([-1.2, 0.4, 2.6], requires_grad=True)
     round_straight_through(x).sum().backward()
-    assert torch.equal(x.grad, torch.ones(3)) and torch.equal(round_straight_through(x), torch.tensor([-1.0, 0.0, 3.0]))
+    assert torch.equal(x.grad, torch.ones(3)) and torch.equal(
+        round_straight_through(x), torch.tensor([-1.0, 0.0, 3.0])
+    )
     x.grad = None
     (lower_bound(x, 0.0) * torch.tensor([1.0, 1.0, 1.0])).sum().backward()
     assert x.grad.tolist() == [0.0, 1.0, 1.0]
@@ -219,7 +227,9 @@ def test_steps_cover_every_position_once_and_no_value_sees_itself_or_later_ones(
     features, known = torch.zeros(1, 8, 5, 7).double(), torch.zeros(1, 12, 5, 7).double()
     before = [prior.parameters_of(features, known, step)[0] for step in range(3)]
     known[..., 2, 2] = 3.0
-    changed = [(prior.parameters_of(features, known, step)[0] != before[step])[0].any(0) & masks[step] for step in range(3)]
+    changed = [
+        (prior.parameters_of(features, known, step)[0] != before[step])[0].any(0) & masks[step] for step in range(3)
+    ]
     assert [int(c.sum()) for c in changed] == [0, 4, 4] and changed[1][1, 1] and changed[2][1, 2]
 
 
@@ -235,7 +245,12 @@ def test_ms_ssim_matches_torchmetrics_and_trains():
 
 def test_distortion_with_ms_ssim_is_computed_in_float32_under_autocast():
     fields = dict(
-        image_size=176, reconstruction_loss="mse+ms_ssim", hidden_sizes=[8], patch_size=4, latent_channels=8, hyper_channels=[4, 4]
+        image_size=176,
+        reconstruction_loss="mse+ms_ssim",
+        hidden_sizes=[8],
+        patch_size=4,
+        latent_channels=8,
+        hyper_channels=[4, 4],
     )
     model = hf_ae.CompressiveAutoencoderModel(hf_ae.CompressiveAutoencoderConfig(**fields))
     x = torch.nn.functional.interpolate(torch.rand(2, 3, 20, 20), (176, 176), mode="bicubic").clamp(0, 1)
@@ -275,7 +290,13 @@ def test_training_on_crops_runs_resumes_and_saves_a_codec(train_args, tmp_path):
     from hf_ae.train import train
 
     overrides = "image_size=16,num_channels=1,hidden_sizes=[8,8],patch_size=2,num_res_blocks=1,latent_channels=12,hyper_channels=[8,4]"
-    common = dict(model_type="hf_ae_compressive", config_overrides=overrides, random_crop=True, optimizer="muon", checkpointing_steps=2)
+    common = dict(
+        model_type="hf_ae_compressive",
+        config_overrides=overrides,
+        random_crop=True,
+        optimizer="muon",
+        checkpointing_steps=2,
+    )
     train(train_args(**common, save_dtype="float16"))
     folder = tmp_path / "run"
     model = hf_ae.CompressiveAutoencoderModel.from_pretrained(folder)

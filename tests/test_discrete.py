@@ -17,11 +17,11 @@ from variants import VARIANTS, make, pixels
 
 import hf_ae
 from hf_ae.codec import CorruptFileError, compress, decompress, unpack
-from hf_ae.training.collapse import Watch, collapse_warnings
 from hf_ae.models.quantizers import k_means, make_quantizer, usage_and_perplexity
 from hf_ae.train import train
 from hf_ae.train_prior import PriorArguments
 from hf_ae.train_prior import train as train_prior
+from hf_ae.training.collapse import Watch, collapse_warnings
 
 DISCRETE = pytest.mark.parametrize("name", [name for name in VARIANTS if name.startswith("vq")])
 
@@ -74,10 +74,16 @@ def test_commitment_moves_the_encoder_alone_and_the_codebook_term_the_codebook_a
     vq, z = quantizer(quantizer="gradient"), code().requires_grad_()
     found = vq(z)
     words = vq.codebook[found.indices].mT
-    pull, push = (torch.autograd.grad(found.terms["commitment"], x, retain_graph=True, allow_unused=True)[0] for x in (z, vq.codebook))
+    pull, push = (
+        torch.autograd.grad(found.terms["commitment"], x, retain_graph=True, allow_unused=True)[0]
+        for x in (z, vq.codebook)
+    )
     assert push is None
     torch.testing.assert_close(pull, 2 * (z - words) / 6)
-    pull, push = (torch.autograd.grad(found.terms["codebook"], x, retain_graph=True, allow_unused=True)[0] for x in (z, vq.codebook))
+    pull, push = (
+        torch.autograd.grad(found.terms["codebook"], x, retain_graph=True, allow_unused=True)[0]
+        for x in (z, vq.codebook)
+    )
     assert pull is None
     expected = torch.zeros(8, 3).index_add_(0, found.indices.flatten(), (2 * (words - z) / 6).mT.reshape(-1, 3))
     torch.testing.assert_close(push, expected.detach())
@@ -89,7 +95,9 @@ def test_commitment_moves_the_encoder_alone_and_the_codebook_term_the_codebook_a
 def test_beta_weighs_the_commitment():
     losses = {}
     for beta in (0.25, 1.0):
-        model = hf_ae.VQVAEModel(hf_ae.VQVAEConfig(latent_dim=6, num_codes=2, quantizer="gradient", commitment_weight=beta)).eval()
+        model = hf_ae.VQVAEModel(
+            hf_ae.VQVAEConfig(latent_dim=6, num_codes=2, quantizer="gradient", commitment_weight=beta)
+        ).eval()
         model.load_state_dict(losses.get("weights", model.state_dict()))
         losses["weights"], losses[beta] = model.state_dict(), model(pixels(model)).losses
     torch.testing.assert_close(losses[1.0]["commitment"], 4 * losses[0.25]["commitment"])
@@ -108,7 +116,10 @@ def test_dead_codewords_move_to_vectors_of_the_batch(kind):
     z = code(seed=9)
     points = z.mT.reshape(-1, 3)
     vq.place(z.mT)
-    assert all(bool((points == word).all(1).any()) for word in vq.codebook[2:]) and len({tuple(w) for w in vq.codebook.tolist()}) == 8
+    assert (
+        all(bool((points == word).all(1).any()) for word in vq.codebook[2:])
+        and len({tuple(w) for w in vq.codebook.tolist()}) == 8
+    )
     vq.eval()(z)
     assert int(vq.passes) == 3, "evaluation learns nothing"
     never = quantizer(revive_after=0)
@@ -130,7 +141,9 @@ def test_kmeans_places_the_codewords_on_the_first_batch():
     points = torch.randn(500, 3, generator=torch.Generator().manual_seed(4))
     start = points[torch.randperm(500, generator=torch.Generator().manual_seed(0))][:6]
     reference = KMeans(6, init=start.numpy(), n_init=1, max_iter=200, tol=0).fit(points.numpy())
-    torch.testing.assert_close(k_means(points, 6, 200), torch.from_numpy(reference.cluster_centers_), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(
+        k_means(points, 6, 200), torch.from_numpy(reference.cluster_centers_), rtol=1e-3, atol=1e-3
+    )
     assert k_means(points[:2], 5, 3).shape == (5, 3)
 
 
@@ -141,7 +154,9 @@ def test_usage_and_perplexity_are_their_definitions():
     assert usage_and_perplexity(torch.arange(8), 8)["perplexity"].item() == pytest.approx(8)
     model = make("vqvae2")
     output = model(pixels(model))
-    assert set(output.measures) == {"usage_1", "perplexity_1", "usage_2", "perplexity_2"} and not set(output.measures) & set(output.losses)
+    assert set(output.measures) == {"usage_1", "perplexity_1", "usage_2", "perplexity_2"} and not set(
+        output.measures
+    ) & set(output.losses)
 
 
 # Finite scalar quantization
@@ -160,7 +175,10 @@ def test_fsq_indices_and_codewords_are_a_bijection():
 
 def test_fsq_rounds_as_mentzer_et_al_do():
     """Their appendix A.1 with the inverse of tanh, number by number."""
-    fsq, z = quantizer(quantizer="fsq", latent_dim=None, codebook_size=None, fsq_levels=[8, 5, 3]), code().requires_grad_()
+    fsq, z = (
+        quantizer(quantizer="fsq", latent_dim=None, codebook_size=None, fsq_levels=[8, 5, 3]),
+        code().requires_grad_(),
+    )
     found = fsq(z)
     for value, levels, column in zip(z.detach().unbind(1), [8, 5, 3], found.latents.unbind(1)):
         half = (levels - 1) * 1.001 / 2
@@ -198,7 +216,9 @@ def test_codebooks_stay_float32_whatever_the_model_is_cast_to(name, tmp_path):
     half = AutoModel.from_pretrained(tmp_path, dtype=torch.bfloat16)
     for cast in (half, model.to(torch.bfloat16), model.half()):
         assert cast.dtype != torch.float32
-        assert all(torch.equal(v, state[k]) and v.dtype == state[k].dtype for k, v in cast.quantizers.state_dict().items())
+        assert all(
+            torch.equal(v, state[k]) and v.dtype == state[k].dtype for k, v in cast.quantizers.state_dict().items()
+        )
     half.train()(pixels(half)).loss.backward()
     assert all(v.dtype == state[k].dtype for k, v in half.quantizers.state_dict().items())
     with torch.autocast("cpu", torch.bfloat16):
@@ -250,8 +270,21 @@ def test_configurations_that_contradict_themselves_say_what_to_write():
 
 @pytest.mark.parametrize("fields", [dict(), dict(quantizer="gradient", code_distance="cosine")])
 def test_resumed_training_gives_bitwise_the_weights_and_codebooks(fields, train_args, tmp_path):
-    overrides = {"network": "conv", "hidden_sizes": [4, 8], "latent_channels": 4, "codebook_size": 32, "revive_after": 2, **fields}
-    common = dict(model_type="hf_ae_vqvae", config_overrides=overrides, mixed_precision="bf16", optimizer="muon", lr_scheduler="constant")
+    overrides = {
+        "network": "conv",
+        "hidden_sizes": [4, 8],
+        "latent_channels": 4,
+        "codebook_size": 32,
+        "revive_after": 2,
+        **fields,
+    }
+    common = dict(
+        model_type="hf_ae_vqvae",
+        config_overrides=overrides,
+        mixed_precision="bf16",
+        optimizer="muon",
+        lr_scheduler="constant",
+    )
     train(train_args(**common, max_train_steps=12, output_dir=str(tmp_path / "whole")))
     train(train_args(**common, max_train_steps=5, checkpointing_steps=5, output_dir=str(tmp_path / "cut")))
     (tmp_path / "cut" / "model.safetensors").unlink()
@@ -286,10 +319,14 @@ accelerator.end_training()
     (tmp_path / "child.py").write_text(child)
     env = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     for start in ([], ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]):
-        done = subprocess.run([sys.executable, *start, tmp_path / "child.py", tmp_path], env=env, capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, *start, tmp_path / "child.py", tmp_path], env=env, capture_output=True, text=True
+        )
         assert done.returncode == 0, done.stderr[-2000:]
     for kind in ("ema", "gradient"):
-        one, first, second = (torch.load(tmp_path / f"{kind}-{n}.pt", weights_only=True) for n in ("1-0", "2-0", "2-1"))
+        one, first, second = (
+            torch.load(tmp_path / f"{kind}-{n}.pt", weights_only=True) for n in ("1-0", "2-0", "2-1")
+        )
         assert all(torch.equal(first[k], second[k]) for k in first)
         for k in one:
             torch.testing.assert_close(first[k], one[k], rtol=1e-4, atol=1e-5)
@@ -302,7 +339,13 @@ def test_collapse_is_said_once_with_the_term_and_the_field():
     model.quantizers[1].idle[1:] = 300
     watch({}, 250)
     watch({}, 300)
-    assert len(said) == 1 and "usage_2" in said[0] and "1 of 16" in said[0] and "codebook_size" in said[0] and "step 250" in said[0]
+    assert (
+        len(said) == 1
+        and "usage_2" in said[0]
+        and "1 of 16" in said[0]
+        and "codebook_size" in said[0]
+        and "step 250" in said[0]
+    )
     assert not collapse_warnings(make("vae-mlp"), {})
 
 
@@ -336,7 +379,9 @@ def test_samples_follow_the_probabilities():
     rows = torch.tensor(list(itertools.product(range(3), repeat=5)))
     exact = torch.zeros(9)
     with torch.no_grad():
-        probabilities = torch.cat([-prior(row[None], torch.ones(1, dtype=torch.int64)).loss[None] for row in rows]).exp()
+        probabilities = torch.cat(
+            [-prior(row[None], torch.ones(1, dtype=torch.int64)).loss[None] for row in rows]
+        ).exp()
     exact.index_add_(0, rows[:, 0] * 3 + rows[:, 1], probabilities)
     found = torch.bincount(drawn[:, 0] * 3 + drawn[:, 1], minlength=9) / 4000
     torch.testing.assert_close(found, exact, rtol=0, atol=0.03)
@@ -346,7 +391,8 @@ def test_samples_follow_the_probabilities():
 def test_sampling_with_kept_keys_and_values_is_sampling_without(options):
     prior, labels = tiny(image_size=[16, 12]).prior, torch.tensor([0, 1, 1])
     with_cache, without = (
-        prior.sample(3, labels, **options, use_cache=use, generator=torch.Generator().manual_seed(0)) for use in (True, False)
+        prior.sample(3, labels, **options, use_cache=use, generator=torch.Generator().manual_seed(0))
+        for use in (True, False)
     )
     assert torch.equal(with_cache, without) and with_cache.shape == (3, 4 + 12)
 
@@ -367,7 +413,12 @@ def test_generate_takes_names_and_seeds_and_refuses_what_it_cannot_draw(tmp_path
         pictures, model.generate(5, [1, 0], 0.8, 2, 2.0, generator=torch.Generator().manual_seed(3))
     )
     assert model.generate(labels=[0, 1, 1]).shape[0] == 3 and model.generate().shape[0] == 1
-    for bad, words in (({"labels": [2]}, "Sneaker"), ({"labels": "boot"}, "boot"), ({"temperature": 0}, "temperature"), ({"n": 0}, "n=0")):
+    for bad, words in (
+        ({"labels": [2]}, "Sneaker"),
+        ({"labels": "boot"}, "boot"),
+        ({"temperature": 0}, "temperature"),
+        ({"n": 0}, "n=0"),
+    ):
         with pytest.raises(ValueError, match=words):
             model.generate(**bad)
     with pytest.raises(ValueError, match="no classes"):
@@ -380,7 +431,9 @@ def test_model_with_its_prior_reloads_also_as_remote_code_and_in_bf16(tmp_path):
     model = tiny()
     model.save_pretrained(tmp_path / "m")
     torch.save(model.generate(3, [0, 1], seed=0), tmp_path / "y.pt")
-    assert torch.equal(AutoModel.from_pretrained(tmp_path / "m").generate(3, [0, 1], seed=0), model.generate(3, [0, 1], seed=0))
+    assert torch.equal(
+        AutoModel.from_pretrained(tmp_path / "m").generate(3, [0, 1], seed=0), model.generate(3, [0, 1], seed=0)
+    )
     assert AutoModel.from_pretrained(tmp_path / "m", dtype=torch.bfloat16).generate(3, [0, 1], seed=0).isfinite().all()
     child = """
 import sys, torch
@@ -390,7 +443,9 @@ model = AutoModel.from_pretrained(sys.argv[1] + "/m", trust_remote_code=True)
 assert torch.equal(model.generate(3, [0, 1], seed=0), torch.load(sys.argv[1] + "/y.pt", weights_only=True))
 """
     env = {**os.environ, "HF_HOME": str(tmp_path / "home")}
-    done = subprocess.run([sys.executable, "-c", child, str(tmp_path)], capture_output=True, text=True, env=env, cwd="/")
+    done = subprocess.run(
+        [sys.executable, "-c", child, str(tmp_path)], capture_output=True, text=True, env=env, cwd="/"
+    )
     assert done.returncode == 0, done.stderr[-2000:]
 
 
@@ -455,7 +510,10 @@ def test_files_of_indices_come_back_exactly(name):
     height, width = model.config.image_hw
     size = (width, height) if model.config.latent_dim else (width + 5, height + 3)
     mode = "L" if model.config.num_channels == 1 else "RGB"
-    uniform, images = compress(model, picture(*size, mode), model_id=""), [picture(*size, mode, seed) for seed in range(2)]
+    uniform, images = (
+        compress(model, picture(*size, mode), model_id=""),
+        [picture(*size, mode, seed) for seed in range(2)],
+    )
     for seed in range(20):
         model.count_indices(model.encode(pixels(model, seed=seed)).indices)
     for image in images:
@@ -464,7 +522,10 @@ def test_files_of_indices_come_back_exactly(name):
         with torch.no_grad():
             from hf_ae.codec.methods import pad_to, stride_of, to_pixels, to_values
 
-            padded = pad_to(torch.from_numpy(np.array(image)).view(1, size[1], size[0], -1).permute(0, 3, 1, 2), max(1, stride_of(model)))
+            padded = pad_to(
+                torch.from_numpy(np.array(image)).view(1, size[1], size[0], -1).permute(0, 3, 1, 2),
+                max(1, stride_of(model)),
+            )
             expected = to_pixels(model, model(to_values(model, padded)).reconstruction)[0, 0, : size[1], : size[0]]
         difference = np.abs(np.asarray(decompress(data, model)).astype(int).reshape(expected.shape) - expected.numpy())
         assert difference.max() <= 1

@@ -13,11 +13,11 @@ from conftest import SAMPLE
 from huggingface_hub import ModelCard
 from PIL import Image
 
-from hf_ae.hub.cards import write_card
-from hf_ae_cli import main
 from hf_ae.evaluation.evaluate import evaluate
+from hf_ae.hub.cards import write_card
 from hf_ae.hub.push import check_folder
 from hf_ae.train import train
+from hf_ae_cli import main
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +26,9 @@ def trained(tmp_path_factory):
     from hf_ae.train import ImageTrainingArguments
 
     root = tmp_path_factory.mktemp("trained")
-    common = dict(dataset_name=str(SAMPLE), num_train_epochs=8, learning_rate=3e-3, validation_epochs=0, train_batch_size=50)
+    common = dict(
+        dataset_name=str(SAMPLE), num_train_epochs=8, learning_rate=3e-3, validation_epochs=0, train_batch_size=50
+    )
     train(ImageTrainingArguments(**common, output_dir=str(root / "vae"), model_type="hf_ae_vae", binarize=True,
                                  config_overrides="hidden_sizes=[32],latent_dim=2,reconstruction_loss=bce"))  # fmt: skip
     train(ImageTrainingArguments(**common, output_dir=str(root / "clean"), model_type="hf_ae_denoising", save_dtype="float16",
@@ -89,8 +91,12 @@ def test_reported_error_is_that_of_the_model_on_those_images(trained):
 def test_bad_requests_are_one_line(trained, capsys, tmp_path):
     vae = trained / "vae"
     expect_one_line(capsys, ["evaluate", vae, "--dataset_name", SAMPLE, "--tasks", "likelihood"], "--binarize")
-    expect_one_line(capsys, ["evaluate", trained / "clean", "--dataset_name", SAMPLE, "--tasks", "likelihood"], "variational")
-    expect_one_line(capsys, ["evaluate", vae, "--dataset_name", SAMPLE, "--tasks", "beauty"], "beauty", "reconstruction")
+    expect_one_line(
+        capsys, ["evaluate", trained / "clean", "--dataset_name", SAMPLE, "--tasks", "likelihood"], "variational"
+    )
+    expect_one_line(
+        capsys, ["evaluate", vae, "--dataset_name", SAMPLE, "--tasks", "beauty"], "beauty", "reconstruction"
+    )
     expect_one_line(capsys, ["evaluate", vae, "--dataset_name", SAMPLE, "--split", "val"], "val", "train, test")
     expect_one_line(capsys, ["evaluate", tmp_path / "none", "--dataset_name", SAMPLE], "none")
     expect_one_line(capsys, ["evaluate", vae], "dataset_name")

@@ -14,13 +14,13 @@ from variants import make
 import hf_ae
 from hf_ae import sampling
 from hf_ae.evaluation import feature_network
-from hf_ae_cli import main
-from hf_ae.training.collapse import discriminator_wins, generative_collapse, posterior_collapse
 from hf_ae.evaluation.evaluate import evaluate
-from hf_ae.evaluation.generation import drawer_of, drawer_of_pipeline, measure_generation
 from hf_ae.evaluation.fidelity import accuracy, distances, frechet, kernel, neighbourhoods, train_classifier
+from hf_ae.evaluation.generation import drawer_of, drawer_of_pipeline, measure_generation
 from hf_ae.hub.push import check_folder
 from hf_ae.train import ImageTrainingArguments, train
+from hf_ae.training.collapse import discriminator_wins, generative_collapse, posterior_collapse
+from hf_ae_cli import main
 
 
 def draws(*argv):
@@ -129,7 +129,9 @@ def test_frechet_distance_is_that_of_the_formula():
     real, fake = torch.randn(500, 6), torch.randn(400, 6) @ torch.randn(6, 6) + 1
     a, b = real.double().numpy(), fake.double().numpy()
     covariances = np.cov(a.T), np.cov(b.T)
-    wanted = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(sum(covariances) - 2 * sqrtm(covariances[0] @ covariances[1]).real)
+    wanted = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(
+        sum(covariances) - 2 * sqrtm(covariances[0] @ covariances[1]).real
+    )
     assert frechet(real, fake) == pytest.approx(wanted, rel=1e-6)
     assert frechet(real, real) < 1e-6
 
@@ -205,7 +207,9 @@ def test_a_network_of_ones_own_and_a_pipeline_are_measured_by_the_same_function(
     from tiny_pipelines import pipeline
     from transformers import ViTConfig, ViTImageProcessor, ViTModel
 
-    config = ViTConfig(hidden_size=12, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, image_size=16, patch_size=8)
+    config = ViTConfig(
+        hidden_size=12, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, image_size=16, patch_size=8
+    )
     ViTModel(config).save_pretrained(tmp_path)
     ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(tmp_path)
     network = feature_network.load_feature_network(str(tmp_path))
@@ -295,7 +299,18 @@ def test_compare_puts_models_into_one_table_and_one_picture(trained, tmp_path, c
     assert list(lines)[2:] == ["vae", "plain", "real (training split)"]
     assert lines["vae"].count("|") == lines[""].count("|") and "FID" in lines[""] and "PSNR" in lines[""]
     assert "plain: Only a variational" in text and (tmp_path / "table.png").stat().st_size > 1000
-    draws("compare", *models, "--dataset_name", SAMPLE, "--max_images", 100, "--sampler", "gaussian", "-o", tmp_path / "t.json")
+    draws(
+        "compare",
+        *models,
+        "--dataset_name",
+        SAMPLE,
+        "--max_images",
+        100,
+        "--sampler",
+        "gaussian",
+        "-o",
+        tmp_path / "t.json",
+    )
     rows = json.loads((tmp_path / "t.json").read_text())
     assert rows["plain"]["fid"] > rows["real (training split)"]["fid"] and rows["vae"]["parameters"] > 100_000
     fails(capsys, ["compare", *models, "--dataset_name", SAMPLE, "-o", tmp_path / "t.txt"], ".md or .json")
@@ -308,14 +323,33 @@ def test_a_pipeline_draws_classes_and_stands_beside_other_models(trained, tmp_pa
 
     fields = "network=conv,hidden_sizes=[8,8],latent_channels=2"
     common = dict(dataset_name=str(SAMPLE), max_train_samples=100, validation_epochs=0, max_train_steps=4)
-    train(ImageTrainingArguments(**common, output_dir=str(tmp_path / "spatial"), model_type="hf_ae_vae", config_overrides=fields))
+    train(
+        ImageTrainingArguments(
+            **common, output_dir=str(tmp_path / "spatial"), model_type="hf_ae_vae", config_overrides=fields
+        )
+    )
     train_pipeline(LatentDiffusionArguments(
         **common, vae=str(tmp_path / "spatial"), output_dir=str(tmp_path / "pipe"), caption_columns="label", num_inference_steps=2,
         text_overrides="hidden_size=16,num_hidden_layers=1,num_attention_heads=2,intermediate_size=16",
         unet_overrides="block_out_channels=[8,16],norm_num_groups=4,attention_head_dim=4"))  # fmt: skip
-    draws("compare", trained / "vae", tmp_path / "pipe", "--dataset_name", SAMPLE, "--max_images", 30, "-o", tmp_path / "t.json")
+    draws(
+        "compare",
+        trained / "vae",
+        tmp_path / "pipe",
+        "--dataset_name",
+        SAMPLE,
+        "--max_images",
+        30,
+        "-o",
+        tmp_path / "t.json",
+    )
     rows = json.loads((tmp_path / "t.json").read_text())
-    assert rows["pipe"]["sampler"] == "prompts" and rows["pipe"]["fid"] > 0 and rows["pipe"]["psnr"] > 0 and rows["pipe"]["code_size"] == 98
+    assert (
+        rows["pipe"]["sampler"] == "prompts"
+        and rows["pipe"]["fid"] > 0
+        and rows["pipe"]["psnr"] > 0
+        and rows["pipe"]["code_size"] == 98
+    )
     assert (tmp_path / "t.png").stat().st_size > 1000
 
 

@@ -111,7 +111,9 @@ def client_load_without_package(repo_ids, try_untrusted):
 
     loaded = {}
     for i in repo_ids:
-        untrusted = [error_of(c.from_pretrained, i) for c in (AutoModel, AutoImageProcessor)] if try_untrusted else None
+        untrusted = (
+            [error_of(c.from_pretrained, i) for c in (AutoModel, AutoImageProcessor)] if try_untrusted else None
+        )
         model = AutoModel.from_pretrained(i, trust_remote_code=True)
         processor = AutoImageProcessor.from_pretrained(i, trust_remote_code=True)
         loaded[i] = {"outputs": outputs(model, processor), "untrusted": untrusted, "module": type(model).__module__}
@@ -345,7 +347,9 @@ def test_push_without_the_right_to_stores_nothing(name, status, server, pushed, 
 def test_push_folder_uploads_all_of_it_in_one_commit(server, folder):
     model = folder / "model"
     ids = {"repo_id": "me/folder", "private_id": "me/private-folder", "dry_id": "me/dry"}
-    (said,) = run_client(server, folder / "publisher", (client_push_folder, {"folder": str(model), **ids}), token=OWNER)
+    (said,) = run_client(
+        server, folder / "publisher", (client_push_folder, {"folder": str(model), **ids}), token=OWNER
+    )
     files = {path.relative_to(model).as_posix(): path.read_bytes() for path in model.rglob("*") if path.is_file()}
     assert {"README.md", "recipe.yaml", "config.json", "model.safetensors", "preprocessor_config.json"} < set(files)
     created, commit = server.commits("me/folder")
@@ -358,7 +362,9 @@ def test_push_folder_uploads_all_of_it_in_one_commit(server, folder):
 
 def test_push_of_a_space_uploads_all_of_it_in_one_commit(server, folder):
     space = Path(hf_ae.__file__).resolve().parent.parent / "spaces" / "hf-ae"
-    (said,) = run_client(server, folder / "publisher", (client_push_space, {"folder": str(space), "repo_id": "me/space"}), token=OWNER)
+    (said,) = run_client(
+        server, folder / "publisher", (client_push_space, {"folder": str(space), "repo_id": "me/space"}), token=OWNER
+    )
     created, commit = server.commits("me/space", "space")
     files = {path: data for path, data in server.files("me/space", "space").items() if path not in created.files}
     assert {"README.md", "requirements.txt", "app.py", "style.css", "examples/owl.png"} < set(files)

@@ -78,7 +78,9 @@ def test_paths_bytes_arrays_and_tensors_give_the_same_pixels(tmp_path):
 def test_arrays_of_other_channels_and_kinds_are_converted_as_images_are():
     rgb = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
     torch.testing.assert_close(processor(1)(rgb).pixel_values, processor(1)(Image.fromarray(rgb)).pixel_values)
-    torch.testing.assert_close(processor(3)(rgb[..., 0]).pixel_values, processor(3)(Image.fromarray(rgb[..., 0])).pixel_values)
+    torch.testing.assert_close(
+        processor(3)(rgb[..., 0]).pixel_values, processor(3)(Image.fromarray(rgb[..., 0])).pixel_values
+    )
     clear = np.zeros((8, 8, 4), np.uint8)
     assert processor(3)(clear).pixel_values.min() == 1
     assert processor(1)(np.ones((8, 8), bool)).pixel_values.min() == 1
@@ -87,7 +89,9 @@ def test_arrays_of_other_channels_and_kinds_are_converted_as_images_are():
 
 
 def test_other_sizes_are_scaled_to_cover_and_cropped():
-    wide = Image.fromarray(np.concatenate([np.zeros((20, 20)), np.full((20, 20), 255), np.zeros((20, 20))], 1).astype(np.uint8))
+    wide = Image.fromarray(
+        np.concatenate([np.zeros((20, 20)), np.full((20, 20), 255), np.zeros((20, 20))], 1).astype(np.uint8)
+    )
     for image in (wide, np.asarray(wide)):
         out = processor(1, size=8)(image).pixel_values
         assert out.shape == (1, 1, 8, 8) and out[..., 1:-1].mean() > 0.99
@@ -146,7 +150,9 @@ def test_an_epoch_shows_each_image_once_in_an_order_that_resumes_and_splits(kind
     if kind == "memory":
         images = ImagesInMemory.load(dataset, column, processor(1, 28))
     else:
-        images = ImageStream(open_dataset(str(SAMPLE), streaming=True)["test"], column, processor(1, 28), buffer_size=64)
+        images = ImageStream(
+            open_dataset(str(SAMPLE), streaming=True)["test"], column, processor(1, 28), buffer_size=64
+        )
     whole = list(images.batches(20, epoch=3, seed=1))
     assert len(whole) == 25
     as_rows = {b.tobytes() for b in torch.cat(whole).numpy()}

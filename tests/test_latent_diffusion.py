@@ -16,12 +16,12 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 
 import hf_ae
-from hf_ae.training.arguments import parse_overrides
 from hf_ae.diffusion.captions import Captions, cached_latents, text_states, tokenize
 from hf_ae.diffusion.denoiser import LatentDiffusion, make_unet
-from hf_ae.pipelines import TextToImagePipeline
 from hf_ae.diffusion.text_encoders import align_text_encoder, mean_states, text_encoder_from_scratch
+from hf_ae.pipelines import TextToImagePipeline
 from hf_ae.train_latent_diffusion import LatentDiffusionArguments, main, picture_processor, train
+from hf_ae.training.arguments import parse_overrides
 
 EMOJI = Path(__file__).parent / "data" / "noto_emoji_sample"
 UNET = "block_out_channels=[32,32],norm_num_groups=8,attention_head_dim=4,addition_embed_type_num_heads=4"
@@ -32,7 +32,9 @@ TEXT = "hidden_size=32,num_hidden_layers=1,num_attention_heads=2,intermediate_si
 def vae(tmp_path_factory):
     """The folder of a small untrained VAE with a spatial code."""
     torch.manual_seed(0)
-    fields = dict(network="resnet", image_size=32, num_channels=3, patch_size=4, hidden_sizes=[16, 16], latent_channels=4)
+    fields = dict(
+        network="resnet", image_size=32, num_channels=3, patch_size=4, hidden_sizes=[16, 16], latent_channels=4
+    )
     folder = tmp_path_factory.mktemp("vae")
     hf_ae.VAEModel(hf_ae.VAEConfig(**fields, pixel_range=[-1.0, 1.0])).save_pretrained(folder)
     return folder
@@ -75,7 +77,11 @@ def test_resumed_gives_bitwise_the_weights_of_an_uninterrupted_run(arguments, tm
     for step in (6,):
         assert not (tmp_path / "cut" / f"checkpoint-{step}").exists()
     os.rename(tmp_path / "cut" / "checkpoint-4", tmp_path / "checkpoint-4")
-    resume = dict(output_dir=str(tmp_path / "resumed"), resume_from_checkpoint=str(tmp_path / "checkpoint-4"), lr_scheduler="constant")
+    resume = dict(
+        output_dir=str(tmp_path / "resumed"),
+        resume_from_checkpoint=str(tmp_path / "checkpoint-4"),
+        lr_scheduler="constant",
+    )
     train(arguments(**{**flags, **resume}))
     resumed, whole = weights(tmp_path / "resumed"), weights(tmp_path / "again")
     assert all(torch.equal(resumed[k], whole[k]) for k in whole)
@@ -104,8 +110,19 @@ def test_two_processes_take_the_step_of_one(vae, tmp_path):
         "--validation_epochs", "0", "--max_text_length", "12", "--num_inference_steps", "2", "--train_batch_size", "4",
     ]  # fmt: skip
     env = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "hf_ae.train_latent_diffusion"]
-    done = subprocess.run([*start, *flags, "--output_dir", str(tmp_path / "two")], env=env, capture_output=True, text=True)
+    start = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        "-m",
+        "hf_ae.train_latent_diffusion",
+    ]
+    done = subprocess.run(
+        [*start, *flags, "--output_dir", str(tmp_path / "two")], env=env, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert TextToImagePipeline.from_pretrained(tmp_path / "two")("rocket", seed=0).images[0].size == (32, 32)
     assert len(list((tmp_path / "two" / "latents").rglob("*.safetensors"))) == 1
@@ -128,25 +145,35 @@ def test_a_given_text_encoder_stays_frozen_and_an_aligned_one_changes(arguments,
 def test_with_a_prior_keywords_lead_to_names_and_rounded_matrices_take_a_byte(arguments, tmp_path, capsys):
     rows = datasets.load_dataset(str(EMOJI))["train"]
     names, words = rows["text"], rows["keywords"]
-    tokenizer, text_encoder = text_encoder_from_scratch([*names, *(w for row in words for w in row)], parse_overrides(TEXT), 12, seed=0)
+    tokenizer, text_encoder = text_encoder_from_scratch(
+        [*names, *(w for row in words for w in row)], parse_overrides(TEXT), 12, seed=0
+    )
     text_encoder.save_pretrained(tmp_path / "text")
     tokenizer.save_pretrained(tmp_path / "text")
-    flags = dict(align_text_epochs=150, round_text_encoder=True, caption_prior=True, save_dtype="float16", max_train_steps=2)
+    flags = dict(
+        align_text_epochs=150, round_text_encoder=True, caption_prior=True, save_dtype="float16", max_train_steps=2
+    )
     train(arguments(text_encoder=str(tmp_path / "text"), **flags))
     stored = load_file(tmp_path / "run" / "text_encoder" / "model.safetensors")
-    assert all(weight.dtype == (torch.float8_e4m3fn if weight.ndim == 2 else torch.float16) for weight in stored.values())
+    assert all(
+        weight.dtype == (torch.float8_e4m3fn if weight.ndim == 2 else torch.float16) for weight in stored.values()
+    )
     pipe = TextToImagePipeline.from_pretrained(tmp_path / "run")
     weights = pipe.text_encoder.state_dict()
     assert all(torch.equal(weights[name].float(), weight.float()) for name, weight in stored.items())
     assert pipe.prior.config.captions == list(dict.fromkeys(names))
     assert pipe(names[:8], seed=0).captions == names[:8]
-    only = [(name, word) for name, row in zip(names, words) for word in row if sum(word in other for other in words) == 1][:20]
+    only = [
+        (name, word) for name, row in zip(names, words) for word in row if sum(word in other for other in words) == 1
+    ][:20]
     found = pipe([word for _, word in only], seed=0).captions
     assert sum(caption == name for caption, (name, _) in zip(found, only)) >= 15
 
 
 def test_alignment_puts_captions_of_one_picture_together():
-    rows = datasets.Dataset.from_dict({"text": ["alpha", "beta", "gamma", "delta"], "keywords": [["one"], ["two"], ["three"], ["four"]]})
+    rows = datasets.Dataset.from_dict(
+        {"text": ["alpha", "beta", "gamma", "delta"], "keywords": [["one"], ["two"], ["three"], ["four"]]}
+    )
     captions = Captions(rows, ["text", "keywords"])
     fields = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
     tokenizer, text_encoder = text_encoder_from_scratch(captions.texts * 2, fields, 8, seed=0)
@@ -154,7 +181,9 @@ def test_alignment_puts_captions_of_one_picture_together():
 
     def agreement():
         with torch.no_grad():
-            vectors = F.normalize(mean_states(text_encoder.eval(), tokenize(tokenizer, captions.texts[1:], "cpu")), dim=1)
+            vectors = F.normalize(
+                mean_states(text_encoder.eval(), tokenize(tokenizer, captions.texts[1:], "cpu")), dim=1
+            )
         names, words = vectors[0::2], vectors[1::2]
         return ((names @ words.T).argmax(1) == torch.arange(4)).float().mean().item()
 
@@ -165,7 +194,9 @@ def test_alignment_puts_captions_of_one_picture_together():
 
 def test_the_loss_is_zero_for_the_right_prediction_and_min_snr_limits_the_weight():
     """v = √ᾱ·ε − √(1−ᾱ)·x: a network that knows the noise and the latents has no error, whatever the time step."""
-    scheduler = DDIMScheduler(prediction_type="v_prediction", beta_schedule="squaredcos_cap_v2", rescale_betas_zero_snr=True)
+    scheduler = DDIMScheduler(
+        prediction_type="v_prediction", beta_schedule="squaredcos_cap_v2", rescale_betas_zero_snr=True
+    )
     latents = torch.randn(16, 2, 4, 4, generator=torch.Generator().manual_seed(0))
 
     class Knowing(torch.nn.Module):
@@ -211,10 +242,16 @@ def test_captions_are_drawn_from_columns_then_from_lists_and_dropped_as_often_as
 
 
 def test_the_first_column_keeps_the_pictures_and_drops_other_texts():
-    rows = datasets.Dataset.from_dict({"text": ["cat", "dog", ""], "keywords": [["pet", "cat"], ["pet", "wolf"], ["zebra"]]})
+    rows = datasets.Dataset.from_dict(
+        {"text": ["cat", "dog", ""], "keywords": [["pet", "cat"], ["pet", "wolf"], ["zebra"]]}
+    )
     first = Captions(rows, ["keywords", "text"]).first_column()
     assert first.texts == ["", "pet", "cat", "wolf", "zebra"] and len(first) == 3
-    assert [[first.texts[n] for n in column] for (column,) in first.choices] == [["pet", "cat"], ["pet", "wolf"], ["zebra"]]
+    assert [[first.texts[n] for n in column] for (column,) in first.choices] == [
+        ["pet", "cat"],
+        ["pet", "wolf"],
+        ["zebra"],
+    ]
     assert Captions(rows, ["text", "keywords"]).first_column().texts == ["", "cat", "dog", "zebra"]
 
 
@@ -239,14 +276,26 @@ def test_a_diffusers_vae_and_a_clip_text_encoder_work_too(arguments, tmp_path):
     from transformers import CLIPTextConfig, CLIPTextModel
 
     torch.manual_seed(0)
-    sizes = dict(block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2)
+    sizes = dict(
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+    )
     AutoencoderKL(**sizes, norm_num_groups=4, latent_channels=4, sample_size=16).save_pretrained(tmp_path / "kl")
     tokenizer, _ = text_encoder_from_scratch(["red heart", "fire"] * 3, {}, 12, seed=0)
     config = CLIPTextConfig(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
                             max_position_embeddings=12)  # fmt: skip
     CLIPTextModel(config).save_pretrained(tmp_path / "clip")
     tokenizer.save_pretrained(tmp_path / "clip")
-    train(arguments(vae=str(tmp_path / "kl"), text_encoder=str(tmp_path / "clip"), image_size=16, prediction_type="epsilon", snr_gamma=5.0))
+    train(
+        arguments(
+            vae=str(tmp_path / "kl"),
+            text_encoder=str(tmp_path / "clip"),
+            image_size=16,
+            prediction_type="epsilon",
+            snr_gamma=5.0,
+        )
+    )
     assert TextToImagePipeline.from_pretrained(tmp_path / "run")("fire", seed=0).images[0].size == (16, 16)
 
 
@@ -272,7 +321,9 @@ def test_a_finished_pipeline_is_kept_unless_it_may_be_replaced(arguments, tmp_pa
 
 
 def test_padding_does_not_change_what_a_masked_text_encoder_says():
-    tokenizer, text_encoder = text_encoder_from_scratch(["red heart", "fire"] * 3, {"num_hidden_layers": 1}, 12, seed=0)
+    tokenizer, text_encoder = text_encoder_from_scratch(
+        ["red heart", "fire"] * 3, {"num_hidden_layers": 1}, 12, seed=0
+    )
     short = {name: values[:, :4] for name, values in tokenize(tokenizer, ["red heart"], "cpu").items()}
     with torch.no_grad():
         long = text_states(text_encoder.eval(), **tokenize(tokenizer, ["red heart"], "cpu"))
@@ -301,7 +352,16 @@ def test_the_unet_takes_overrides():
     ],
 )
 def test_bad_input_ends_with_one_line(flags, says, vae, tmp_path, capsys):
-    common = ["--dataset_name", str(EMOJI), "--output_dir", str(tmp_path / "run"), "--max_train_steps", "1", "--vae", str(vae)]
+    common = [
+        "--dataset_name",
+        str(EMOJI),
+        "--output_dir",
+        str(tmp_path / "run"),
+        "--max_train_steps",
+        "1",
+        "--vae",
+        str(vae),
+    ]
     with pytest.raises(SystemExit) as stopped:
         main([*common, "--text_overrides", TEXT, "--unet_overrides", UNET, *flags])
     line = capsys.readouterr().err.strip().splitlines()[-1]

@@ -47,14 +47,18 @@ def test_a_quarter_turn_is_that_of_trigonometry():
 
 
 @pytest.mark.parametrize(
-    "b", [[2.0, 4.0, 0.0], [-1.0, -2.0, 0.0], [0.0, 0.0, 0.0], [1.0, 2.0, 1e-7]], ids=["parallel", "opposite", "zero", "nearly"]
+    "b",
+    [[2.0, 4.0, 0.0], [-1.0, -2.0, 0.0], [0.0, 0.0, 0.0], [1.0, 2.0, 1e-7]],
+    ids=["parallel", "opposite", "zero", "nearly"],
 )
 def test_where_no_arc_is_defined_the_way_is_straight(b):
     a, b = torch.tensor([1.0, 2.0, 0.0]), torch.tensor(b)
     torch.testing.assert_close(interpolate(a, b, 5, "spherical"), interpolate(a, b, 5))
 
 
-@pytest.mark.parametrize("options, words", [(dict(steps=1), "at least 2"), (dict(steps=3, kind="round"), "linear, spherical")])
+@pytest.mark.parametrize(
+    "options, words", [(dict(steps=1), "at least 2"), (dict(steps=3, kind="round"), "linear, spherical")]
+)
 def test_a_way_that_cannot_be_is_one_clear_line(options, words):
     with pytest.raises(ValueError, match=words):
         interpolate(torch.zeros(2), torch.ones(2), **options)
@@ -101,7 +105,9 @@ def test_the_plane_starts_at_the_upper_left(plane):
 
 def test_random_codes_have_the_spread_that_is_asked_for(plane):
     codes_ = random_codes(plane, 20_000, seed=1)
-    assert torch.equal(codes_, random_codes(plane, 20_000, seed=1)) and not torch.equal(codes_, random_codes(plane, 20_000, seed=2))
+    assert torch.equal(codes_, random_codes(plane, 20_000, seed=1)) and not torch.equal(
+        codes_, random_codes(plane, 20_000, seed=2)
+    )
     assert codes_.mean().abs() < 0.02 and codes_.std() == pytest.approx(1, abs=0.02)
     like = torch.tensor([[0.0, 10.0], [2.0, 30.0], [4.0, 20.0]])
     wide = random_codes(plane, 20_000, like)

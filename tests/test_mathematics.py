@@ -8,9 +8,9 @@ from torch.distributions import Bernoulli, MultivariateNormal, Normal, kl_diverg
 from variants import make, pixels
 
 import hf_ae
+from hf_ae.metrics import importance_weighted_bound, pca_reconstruction, reconstruction_metrics
 from hf_ae.models.bottlenecks import DiagonalGaussian, stratified_log_weights, total_correlation_terms
 from hf_ae.models.corruptions import corrupt
-from hf_ae.metrics import importance_weighted_bound, pca_reconstruction, reconstruction_metrics
 
 
 def test_kl_and_log_prob_match_torch_distributions():
@@ -34,12 +34,17 @@ def test_one_layer_contraction_is_the_norm_of_autograds_jacobian(activation):
         hf_ae.ContractiveAutoencoderConfig(image_size=4, hidden_sizes=[], latent_dim=7, latent_activation=activation)
     )
     x = torch.rand(3, 1, 4, 4)
-    expected = [torch.autograd.functional.jacobian(lambda v: model.encode(v).latents, x[i : i + 1]).square().sum() for i in range(3)]
+    expected = [
+        torch.autograd.functional.jacobian(lambda v: model.encode(v).latents, x[i : i + 1]).square().sum()
+        for i in range(3)
+    ]
     torch.testing.assert_close(model.jacobian_norm(x), torch.stack(expected))
 
 
 def test_deep_contraction_estimate_is_unbiased():
-    model = hf_ae.ContractiveAutoencoderModel(hf_ae.ContractiveAutoencoderConfig(image_size=4, hidden_sizes=[12], latent_dim=5))
+    model = hf_ae.ContractiveAutoencoderModel(
+        hf_ae.ContractiveAutoencoderConfig(image_size=4, hidden_sizes=[12], latent_dim=5)
+    )
     x = torch.rand(1, 1, 4, 4)
     exact = torch.autograd.functional.jacobian(lambda v: model.encode(v).latents, x).square().sum()
     torch.manual_seed(0)
@@ -90,7 +95,9 @@ def test_total_correlation_terms_agree_in_train_and_eval():
 
 def test_stratified_weights_sum_to_one():
     for batch, size in ((4, 4), (16, 1000), (1, 50)):
-        torch.testing.assert_close(stratified_log_weights(batch, size).exp().sum(1), torch.ones(batch), atol=1.0 / size, rtol=0)
+        torch.testing.assert_close(
+            stratified_log_weights(batch, size).exp().sum(1), torch.ones(batch), atol=1.0 / size, rtol=0
+        )
 
 
 def test_capacity_rises_linearly_and_survives_reloading(tmp_path):
@@ -209,7 +216,9 @@ def test_pca_with_all_components_is_exact_and_metrics_follow_their_definitions()
     assert pca_reconstruction(train, test, 16) is None
     noisy = (test + 0.1).clamp(0, 2)
     metrics = reconstruction_metrics(test, noisy)
-    assert math.isclose(metrics["mse"], 0.01, rel_tol=1e-4) and math.isclose(metrics["squared_error_per_image"], 0.16, rel_tol=1e-4)
+    assert math.isclose(metrics["mse"], 0.01, rel_tol=1e-4) and math.isclose(
+        metrics["squared_error_per_image"], 0.16, rel_tol=1e-4
+    )
     assert math.isclose(metrics["psnr"], 20.0, rel_tol=1e-4) and "ssim" not in metrics
 
 
@@ -230,11 +239,13 @@ def test_overcomplete_code_warns_once_in_plain_words(caplog):
 
 def test_layerwise_pretraining_trains_each_layer_on_the_codes_below():
     from hf_ae.data.images import ImagesInMemory
-    from hf_ae.training.layerwise import level_functions, pretrain_layerwise
     from hf_ae.train import ImageTrainingArguments
+    from hf_ae.training.layerwise import level_functions, pretrain_layerwise
 
     torch.manual_seed(0)
-    model = hf_ae.AutoencoderModel(hf_ae.AutoencoderConfig(image_size=8, hidden_sizes=[24, 12], latent_dim=4, activation="sigmoid"))
+    model = hf_ae.AutoencoderModel(
+        hf_ae.AutoencoderConfig(image_size=8, hidden_sizes=[24, 12], latent_dim=4, activation="sigmoid")
+    )
     images = ImagesInMemory((torch.rand(300, 1, 8, 1).expand(-1, -1, -1, 8) * 255).to(torch.uint8))
     lines = []
     args = ImageTrainingArguments(pretrain_layerwise_epochs=30, train_batch_size=20, learning_rate=0.01)

@@ -92,7 +92,9 @@ def test_every_variant_reloads_in_a_new_process_and_without_the_package(tmp_path
         model = make(name).eval()
         model.save_pretrained(tmp_path / name)
         hf_ae.AutoencoderImageProcessor.from_config(model.config).save_pretrained(tmp_path / name)
-        torch.save({"x": pixels(model), "y": model(pixels(model)).reconstruction.detach()}, tmp_path / name / "pair.pt")
+        torch.save(
+            {"x": pixels(model), "y": model(pixels(model)).reconstruction.detach()}, tmp_path / name / "pair.pt"
+        )
     child = """
 import json, sys, torch
 from pathlib import Path
@@ -115,7 +117,9 @@ print(json.dumps(results))
 """
     for mode in ("local", "remote"):
         env = {**os.environ, "HF_HOME": str(tmp_path / "home.cache")}
-        run = subprocess.run([sys.executable, "-c", child, str(tmp_path), mode], capture_output=True, text=True, env=env, cwd="/")
+        run = subprocess.run(
+            [sys.executable, "-c", child, str(tmp_path), mode], capture_output=True, text=True, env=env, cwd="/"
+        )
         assert run.returncode == 0, run.stderr[-2000:]
         results = json.loads(run.stdout.splitlines()[-1])
         assert set(results) == set(VARIANTS) and all(all(v) for v in results.values()), results
@@ -144,7 +148,9 @@ def test_gradient_checkpointing_gives_the_same_gradients(name):
     model = make(name)
     x = pixels(model)
 
-    start = {name: value.clone() for name, value in model.state_dict().items()}  # passes in training may change buffers
+    start = {
+        name: value.clone() for name, value in model.state_dict().items()
+    }  # passes in training may change buffers
 
     def gradients():
         model.load_state_dict(start)
@@ -160,7 +166,9 @@ def test_gradient_checkpointing_gives_the_same_gradients(name):
         torch.testing.assert_close(a, b)
 
 
-@pytest.mark.parametrize("name", ["autoencoder-unpool", "contractive-deep", "vae-resnet", "beta-vae-capacity", "denoising"])
+@pytest.mark.parametrize(
+    "name", ["autoencoder-unpool", "contractive-deep", "vae-resnet", "beta-vae-capacity", "denoising"]
+)
 def test_compiled_model_gives_the_same_output_and_gradients(name):
     """The five that differ in their flow; `backend="eager"` traces as inductor does, without compiling kernels."""
     model = make(name).eval()
@@ -229,7 +237,9 @@ def test_drops_into_a_stock_stable_diffusion_pipeline():
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer  # noqa: F401
 
     vae = hf_ae.VAEModel(
-        hf_ae.VAEConfig(network="resnet", image_size=32, num_channels=3, hidden_sizes=[8, 16, 16], pixel_range=[-1.0, 1.0])
+        hf_ae.VAEConfig(
+            network="resnet", image_size=32, num_channels=3, hidden_sizes=[8, 16, 16], pixel_range=[-1.0, 1.0]
+        )
     ).eval()
     unet = UNet2DConditionModel(
         sample_size=8, in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=(8, 16), norm_num_groups=4,

@@ -13,8 +13,8 @@ import torch
 from transformers import AutoImageProcessor, AutoModel
 
 import hf_ae
-from hf_ae.hub.push import check_folder
 from hf_ae.hub.pipeline_folder import code_files
+from hf_ae.hub.push import check_folder
 
 ROOT = Path(__file__).resolve().parent.parent
 CARDS = sorted(p for p in (ROOT / "model_cards").iterdir() if (p / "config.json").is_file())
@@ -62,9 +62,12 @@ def test_wheel_holds_only_the_package(tmp_path):
     )
     names = zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist()
     assert {n.split("/")[0] for n in names} <= {"hf_ae", f"hf_ae-{hf_ae.__version__}.dist-info"}
-    assert {"hf_ae/py.typed", "hf_ae/configuration.py", "hf_ae/feature_network.safetensors", "hf_ae/pipelines/text_to_image.py"} <= set(
-        names
-    )
+    assert {
+        "hf_ae/py.typed",
+        "hf_ae/configuration.py",
+        "hf_ae/feature_network.safetensors",
+        "hf_ae/pipelines/text_to_image.py",
+    } <= set(names)
 
 
 def test_importing_costs_little_more_than_torch_and_transformers():
@@ -88,7 +91,10 @@ def test_no_module_imports_against_the_direction():
     import re
 
     def imported(name):
-        return set(re.findall(r"^\s*from \.?(?:hf_ae\.)?(\w+) import", (ROOT / "hf_ae" / f"{name}.py").read_text(), re.M)) & modules
+        return (
+            set(re.findall(r"^\s*from \.?(?:hf_ae\.)?(\w+) import", (ROOT / "hf_ae" / f"{name}.py").read_text(), re.M))
+            & modules
+        )
 
     modules = {p.stem for p in (ROOT / "hf_ae").glob("*.py")} - {"__init__"}
     for leaf in (

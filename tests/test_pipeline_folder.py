@@ -18,10 +18,10 @@ from transformers import AutoModel, BertConfig, BertModel, PreTrainedTokenizerFa
 
 import hf_ae
 from hf_ae.hub.cards import write_card
-from hf_ae_cli import main
-from hf_ae.hub.push import check_folder, refresh
 from hf_ae.hub.pipeline_folder import bundle, code_files, save_pipeline
+from hf_ae.hub.push import check_folder, refresh
 from hf_ae.pipelines import CaptionPrior, TextToImagePipeline
+from hf_ae_cli import main
 
 BUNDLE = "vae/modeling_hf_ae_vae.py"
 PARTS = {
@@ -41,7 +41,9 @@ def make_pipeline(vae) -> TextToImagePipeline:
     words = ["[PAD]", "[UNK]", "a", "slice", "of", "pizza"]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    sizes = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, max_position_embeddings=8)
+    sizes = dict(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, max_position_embeddings=8
+    )
     unet = diffusers.UNet2DConditionModel(
         sample_size=8, block_out_channels=(8, 16), layers_per_block=1, cross_attention_dim=16, norm_num_groups=4, attention_head_dim=4,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
@@ -53,7 +55,9 @@ def make_pipeline(vae) -> TextToImagePipeline:
         vae=vae.eval(),
         prior=prior,
         text_encoder=BertModel(BertConfig(vocab_size=len(words), **sizes)).eval(),
-        tokenizer=PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", model_max_length=8),
+        tokenizer=PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", model_max_length=8
+        ),
         unet=unet.eval(),
         scheduler=diffusers.DDIMScheduler(clip_sample=False),
         default_num_inference_steps=2,
@@ -83,7 +87,9 @@ def client_without_package(place):
     return {"pictures": draw(pipe), "module": type(pipe.vae).__module__, "decoded": picture, "refused": refused}
 
 
-FIELDS = dict(network="resnet", image_size=16, num_channels=3, hidden_sizes=[8, 8], latent_channels=4, pixel_range=[-1.0, 1.0])
+FIELDS = dict(
+    network="resnet", image_size=16, num_channels=3, hidden_sizes=[8, 8], latent_channels=4, pixel_range=[-1.0, 1.0]
+)
 
 
 @pytest.fixture(scope="module")
@@ -157,7 +163,10 @@ def test_without_the_package_from_a_folder_and_from_the_hub(saved, pictures, tmp
     with torch.no_grad():
         decoded = AutoModel.from_pretrained(saved, subfolder="vae").decode(torch.ones(1, 4, 8, 8)).sample.tolist()
     for found in (local, remote):
-        for name, expected in (("pictures", pictures), ("decoded", decoded)):  # threads may differ between the processes
+        for name, expected in (
+            ("pictures", pictures),
+            ("decoded", decoded),
+        ):  # threads may differ between the processes
             assert torch.allclose(torch.tensor(found[name]), torch.tensor(expected), atol=1e-5), name
         assert found["module"].startswith("diffusers_modules.")
         assert "trust_remote_code=True" in found["refused"]
@@ -180,7 +189,10 @@ def test_vae_of_diffusers_is_saved_the_ordinary_way(tmp_path):
     save_pipeline(pipe, tmp_path / "pizza")
     write_card(tmp_path / "pizza")
     files = check_folder(tmp_path / "pizza")
-    assert [name for name in files if name.startswith("vae/")] == ["vae/config.json", "vae/diffusion_pytorch_model.safetensors"]
+    assert [name for name in files if name.startswith("vae/")] == [
+        "vae/config.json",
+        "vae/diffusion_pytorch_model.safetensors",
+    ]
     assert draw(diffusers.DiffusionPipeline.from_pretrained(tmp_path / "pizza", trust_remote_code=True)) == draw(pipe)
 
 
@@ -189,8 +201,19 @@ def test_bundle_of_a_model_is_one_file_that_defines_each_name_once(model_type):
     tree = ast.parse(bundle(Path(inspect.getfile(hf_ae.MODELS[model_type]))))
     assert not [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level]
     names = [node.name for node in tree.body if isinstance(node, ast.ClassDef | ast.FunctionDef)]
-    names += [target.id for node in tree.body if isinstance(node, ast.Assign) for target in node.targets if isinstance(target, ast.Name)]
-    names += {alias.asname or alias.name for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom) for alias in node.names}
+    names += [
+        target.id
+        for node in tree.body
+        if isinstance(node, ast.Assign)
+        for target in node.targets
+        if isinstance(target, ast.Name)
+    ]
+    names += {
+        alias.asname or alias.name
+        for node in tree.body
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for alias in node.names
+    }
     assert len(names) == len(set(names))
 
 
@@ -223,9 +246,15 @@ def test_push_leaves_code_of_another_version_alone_and_refresh_renews_it(folder)
         (lambda f: (f / "vae" / "config.json").write_text("[]"), ["vae/config.json", "JSON"]),
         (lambda f: (f / "vae" / "model.safetensors").write_bytes(b"short"), ["/vae does not load"]),
         (lambda f: (f / "unet" / "diffusion_pytorch_model.safetensors").unlink(), ["/unet does not load"]),
-        (lambda f: shutil.copy(f / "vae/model.safetensors", f / "text_encoder/model.safetensors"), ["/text_encoder", "missing"]),
+        (
+            lambda f: shutil.copy(f / "vae/model.safetensors", f / "text_encoder/model.safetensors"),
+            ["/text_encoder", "missing"],
+        ),
         (lambda f: (f / "scheduler" / "scheduler_config.json").unlink(), ["/scheduler does not load"]),
-        (lambda f: (f / "unet" / "diffusion_pytorch_model.bin").touch(), ["do not belong", "unet/diffusion_pytorch_model.bin"]),
+        (
+            lambda f: (f / "unet" / "diffusion_pytorch_model.bin").touch(),
+            ["do not belong", "unet/diffusion_pytorch_model.bin"],
+        ),
         (lambda f: (f / "README.md").write_text("---\ntags: [\n---\ntext"), ["README.md", "tags"]),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
@@ -242,16 +271,31 @@ def test_damaged_folder_is_one_clear_line(damage, named, folder, capsys):
 def test_card_says_what_it_is_how_to_use_it_and_keeps_notes_and_licence(folder):
     card = folder / "README.md"
     front = yaml.safe_load(card.read_text().split("---")[1])
-    assert front["library_name"] == "diffusers" and front["pipeline_tag"] == "text-to-image" and front["datasets"] == ["me/food"]
+    assert (
+        front["library_name"] == "diffusers"
+        and front["pipeline_tag"] == "text-to-image"
+        and front["datasets"] == ["me/food"]
+    )
     assert "license" not in front
     card.write_text(card.read_text().replace("---\n", "---\nlicense: mit\n", 1) + "\n## Notes\n\nBest warm.\n")
-    (folder / "metrics.json").write_text('{"alignment": {"names": 0.81234, "pictures": 500}, "command": "python measure.py"}')
+    (folder / "metrics.json").write_text(
+        '{"alignment": {"names": 0.81234, "pictures": 500}, "command": "python measure.py"}'
+    )
     write_card(folder)
     text = card.read_text()
     assert yaml.safe_load(text.split("---")[1])["license"] == "mit"
     assert text.endswith("\n## Notes\n\nBest warm.\n")
     values = sum(p.numel() for p in TextToImagePipeline.from_pretrained(folder).unet.parameters())
     assert f"| `unet` | diffusers `UNet2DConditionModel` | {values:,} | float16 |" in text
-    assert "| alignment: names | 0.8123 |" in text and "| alignment: pictures | 500 |" in text and "python measure.py" in text
-    for line in ("from hf_ae.pipelines import TextToImagePipeline", "trust_remote_code=True", "hf-ae generate", "seed: 3"):
+    assert (
+        "| alignment: names | 0.8123 |" in text
+        and "| alignment: pictures | 500 |" in text
+        and "python measure.py" in text
+    )
+    for line in (
+        "from hf_ae.pipelines import TextToImagePipeline",
+        "trust_remote_code=True",
+        "hf-ae generate",
+        "seed: 3",
+    ):
         assert line in text

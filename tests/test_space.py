@@ -46,10 +46,17 @@ def opened(browser, url: str, problems: list[str], **options):
     page.set_default_timeout(SECONDS)
     page.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
     page.on("pageerror", lambda error: problems.append(str(error)))
-    page.on("response", lambda answer: problems.append(f"{answer.status} {answer.url}") if answer.status >= 400 else None)
-    page.on("request", lambda request: None if request.url.startswith((host, "data:", "blob:")) else problems.append(request.url))
+    page.on(
+        "response", lambda answer: problems.append(f"{answer.status} {answer.url}") if answer.status >= 400 else None
+    )
+    page.on(
+        "request",
+        lambda request: None if request.url.startswith((host, "data:", "blob:")) else problems.append(request.url),
+    )
     # A preview that the next one replaces before it has come is given up by the browser, and is no failure.
-    page.on("requestfailed", lambda r: None if r.failure == "net::ERR_ABORTED" else problems.append(f"{r.failure} {r.url}"))
+    page.on(
+        "requestfailed", lambda r: None if r.failure == "net::ERR_ABORTED" else problems.append(f"{r.failure} {r.url}")
+    )
     page.goto(url)
     page.get_by_role("tab", name=TABS[0]).wait_for()
     return page
@@ -74,7 +81,9 @@ def page(shared):
 
 def tab(page, name: str):
     """Open a tab; on a narrow page those that do not fit are buttons below."""
-    page.get_by_role("tab", name=name, exact=True).or_(page.locator(".overflow-dropdown button", has_text=name)).first.click()
+    page.get_by_role("tab", name=name, exact=True).or_(
+        page.locator(".overflow-dropdown button", has_text=name)
+    ).first.click()
 
 
 def says(page, elem_id: str, words: str):
@@ -171,7 +180,9 @@ def test_an_example_draws_at_one_click(page):
 def test_a_link_brings_everything_back(page, browser, space):
     page.get_by_role("button", name="Copy a link").click()
     link = page.locator("#link textarea, #link input").first
-    expect(link).to_have_value(re.compile(r"\?prompt=octopus&seed=\d+&steps=4&guidance=2&scheduler=DDIM&count=3"), timeout=SECONDS)
+    expect(link).to_have_value(
+        re.compile(r"\?prompt=octopus&seed=\d+&steps=4&guidance=2&scheduler=DDIM&count=3"), timeout=SECONDS
+    )
     problems: list[str] = []
     other = opened(browser, link.input_value(), problems)
     expect(other.get_by_label("Prompt", exact=True)).to_have_value("octopus", timeout=SECONDS)
@@ -180,7 +191,9 @@ def test_a_link_brings_everything_back(page, browser, space):
     assert problems == []
 
 
-@pytest.mark.parametrize("text", ['<img src=x onerror="window.hit = 1">', "<script>window.hit = 1</script>${window.hit = 1}"])
+@pytest.mark.parametrize(
+    "text", ['<img src=x onerror="window.hit = 1">', "<script>window.hit = 1</script>${window.hit = 1}"]
+)
 def test_html_in_a_prompt_is_only_text(page, browser, space, text):
     page.get_by_label("Prompt", exact=True).fill(text)
     page.get_by_role("button", name="Draw", exact=True).click()
@@ -230,7 +243,9 @@ def test_the_quality_decides_about_bytes_and_error(page):
         set_number(page, "quality", quality)
         expect(page.locator("#trip-status")).not_to_contain_text(before, timeout=SECONDS)
         text = page.locator("#trip-status").inner_text()
-        told[quality] = [float(re.search(wanted, text)[1].replace(",", "")) for wanted in (r"([\d,]+) bytes", r"PSNR ([\d.]+)")]
+        told[quality] = [
+            float(re.search(wanted, text)[1].replace(",", "")) for wanted in (r"([\d,]+) bytes", r"PSNR ([\d.]+)")
+        ]
     (small, poor), (large, good) = told[0.1], told[0.9]
     assert small * 2 < large and poor + 3 < good
 
@@ -254,7 +269,10 @@ def test_other_formats_at_the_same_size(page):
     page.get_by_role("button", name="Put JPEG").click()
     figures = page.locator("#trip-figures")
     expect(figures.get_by_role("row")).to_have_count(5, timeout=SECONDS)
-    sizes = {row.split()[0]: int(row.split()[1].replace(",", "")) for row in figures.get_by_role("row").all_inner_texts()[1:]}
+    sizes = {
+        row.split()[0]: int(row.split()[1].replace(",", ""))
+        for row in figures.get_by_role("row").all_inner_texts()[1:]
+    }
     assert set(sizes) == {"Autoencoder", "JPEG", "WebP", "AVIF"}
     source(page, "trip-others")
 
@@ -273,7 +291,9 @@ def test_a_file_goes_out_and_comes_in_again(page, tmp_path):
 
 def test_wrong_files_are_one_friendly_line(page, tmp_path):
     (tmp_path / "cut.png").write_bytes((EXAMPLES / "owl.png").read_bytes()[:2000])
-    page.locator("#trip-picture").get_by_label("Clear").or_(page.locator("#trip-picture").get_by_label("Remove")).first.click()
+    page.locator("#trip-picture").get_by_label("Clear").or_(
+        page.locator("#trip-picture").get_by_label("Remove")
+    ).first.click()
     page.locator("#trip-picture input[type=file]").set_input_files(tmp_path / "cut.png")
     toast(page, "damaged")
     page.get_by_label("Emoji: cupcake").click()
@@ -289,7 +309,11 @@ def test_of_quick_clicks_the_last_one_counts(page):
         page.wait_for_timeout(3000)
         quick = page.locator("#trip-status").inner_text()
         changes(page, "trip-slider", lambda: page.locator("#trip-picker").get_by_label("Emoji: owl").click())
-        changes(page, "trip-slider", lambda name=names[1]: page.locator("#trip-picker").get_by_label(f"Photo: {name}").click())
+        changes(
+            page,
+            "trip-slider",
+            lambda name=names[1]: page.locator("#trip-picker").get_by_label(f"Photo: {name}").click(),
+        )
         page.wait_for_timeout(1500)
         assert page.locator("#trip-status").inner_text() == quick
 
@@ -388,7 +412,9 @@ NAMELESS = """() => [...document.querySelectorAll('button, input:not([type=file]
 @pytest.mark.parametrize("width", [1280, 390])
 def test_every_tab_fits_and_names_its_controls(browser, space, width, theme):
     problems: list[str] = []
-    page = opened(browser, f"{space}/?__theme={theme}", problems, viewport={"width": width, "height": 900}, color_scheme=theme)
+    page = opened(
+        browser, f"{space}/?__theme={theme}", problems, viewport={"width": width, "height": 900}, color_scheme=theme
+    )
     drawn(page)
     for name in (*TABS[:3], *SECTIONS, *TABS[3:]):
         tab(page, name)

@@ -68,7 +68,9 @@ def test_every_action_answers_with_pictures(client, name):
     assert found and all(Image.open(path).size[0] > 27 for path in found)
 
 
-@pytest.mark.parametrize("damage, level", {"Noise": 0.6, "Salt and pepper": 0.02, "Mask": 0.8, "Shrink": 7, "Drop the colour": 0}.items())
+@pytest.mark.parametrize(
+    "damage, level", {"Noise": 0.6, "Salt and pepper": 0.02, "Mask": 0.8, "Shrink": 7, "Drop the colour": 0}.items()
+)
 def test_every_damage_and_its_whole_range_is_there_without_the_page(client, damage, level):
     assert "PSNR" in client.predict(EMOJI, damage, level, 99, api_name="/repair")[1]
     limits = "Level|level|maximum|minimum"
@@ -89,7 +91,9 @@ def test_every_scheduler_draws(client, scheduler):
 
 def test_strength_zero_gives_the_picture_back(client):
     pictures, _ = client.predict("rocket", picture=EMOJI, strength=0.0, api_name="/draw")
-    drawn, owl = (Image.open(path).convert("RGB").resize((8, 8)) for path in (pictures[0]["image"], EXAMPLES / "owl.png"))
+    drawn, owl = (
+        Image.open(path).convert("RGB").resize((8, 8)) for path in (pictures[0]["image"], EXAMPLES / "owl.png")
+    )
     assert max(abs(a - b) for x, y in zip(drawn.getdata(), owl.getdata()) for a, b in zip(x, y)) < 60
 
 
@@ -116,7 +120,10 @@ def with_mcp(space, use):
     from mcp.client.streamable_http import streamablehttp_client
 
     async def run():
-        async with streamablehttp_client(f"{space}/gradio_api/mcp/") as (read, write, _), ClientSession(read, write) as session:
+        async with (
+            streamablehttp_client(f"{space}/gradio_api/mcp/") as (read, write, _),
+            ClientSession(read, write) as session,
+        ):
             await session.initialize()
             return await use(session)
 
@@ -124,8 +131,12 @@ def with_mcp(space, use):
 
 
 def test_every_action_is_an_mcp_tool_whose_description_reads_well(space):
-    tools = {tool.name.removeprefix("hf_ae_"): tool for tool in with_mcp(space, lambda session: session.list_tools()).tools}
-    assert {name for name in ACTIONS if any(tool.endswith(name) for tool in tools)} == set(ACTIONS) and len(tools) == len(ACTIONS)
+    tools = {
+        tool.name.removeprefix("hf_ae_"): tool for tool in with_mcp(space, lambda session: session.list_tools()).tools
+    }
+    assert {name for name in ACTIONS if any(tool.endswith(name) for tool in tools)} == set(ACTIONS) and len(
+        tools
+    ) == len(ACTIONS)
     for name, tool in tools.items():
         assert re.match(r"[A-Z].{30,}\.", tool.description or "", re.S), name
         for argument, schema in tool.inputSchema["properties"].items():
@@ -147,7 +158,12 @@ def test_every_mcp_call_answers_with_a_picture_or_where_pictures_are(space):
     """Gradio 6.31 gives one output as a picture; several as text, which names the address of each."""
 
     async def call(session):
-        tools = {name: tool.name for tool in (await session.list_tools()).tools for name in ACTIONS if tool.name.endswith(name)}
+        tools = {
+            name: tool.name
+            for tool in (await session.list_tools()).tools
+            for name in ACTIONS
+            if tool.name.endswith(name)
+        }
         answers = {
             name: await session.call_tool(tools[name], {key: as_data(value) for key, value in arguments.items()})
             for name, arguments in ACTIONS.items()
@@ -162,7 +178,10 @@ def test_every_mcp_call_answers_with_a_picture_or_where_pictures_are(space):
     for name, answer in answers.items():
         assert not answer.isError, f"{name}: {answer.content}"
         pictures = [part for part in answer.content if part.type == "image"]
-        assert all(picture.mimeType == "image/png" and base64.b64decode(picture.data)[:4] == b"\x89PNG" for picture in pictures), name
+        assert all(
+            picture.mimeType == "image/png" and base64.b64decode(picture.data)[:4] == b"\x89PNG"
+            for picture in pictures
+        ), name
         told = " ".join(part.text for part in answer.content if part.type == "text")
         addresses = re.findall(r"http://[^'\s]+\.png", told)
         assert (pictures or addresses) and all(get(address) == 200 for address in addresses), f"{name}: {told}"
@@ -217,7 +236,9 @@ def test_a_narrow_picture_costs_no_more_than_its_pixels(client, tmp_path):
     forged = Path(file).read_bytes()
     header = unpack(forged)
     (tmp_path / "long.hfae").write_bytes(pack(dataclasses.replace(header, width=160_000, height=1)))
-    assert "160,000×1 pixels" in error_of(client, "open_file", file=gradio_client.handle_file(str(tmp_path / "long.hfae")))
+    assert "160,000×1 pixels" in error_of(
+        client, "open_file", file=gradio_client.handle_file(str(tmp_path / "long.hfae"))
+    )
 
 
 def broken_files(tmp_path: Path) -> dict[str, bytes]:
@@ -236,16 +257,28 @@ def broken_files(tmp_path: Path) -> dict[str, bytes]:
 def test_a_damaged_or_foreign_picture_is_one_clear_line(client, tmp_path, name):
     (tmp_path / name).write_bytes(broken_files(tmp_path)[name])
     said = error_of(client, "round_trip", picture=gradio_client.handle_file(str(tmp_path / name)))
-    assert re.search("no picture|damaged", said) and "Traceback" not in said and str(tmp_path) not in said and "/tmp" not in said
+    assert (
+        re.search("no picture|damaged", said)
+        and "Traceback" not in said
+        and str(tmp_path) not in said
+        and "/tmp" not in said
+    )
 
 
 def test_damaged_and_foreign_files_are_one_clear_line(client, tmp_path):
     _, _, file = client.predict(EMOJI, "Emoji", 0.3, api_name="/round_trip")
     good = Path(file).read_bytes()
-    texts = {"foreign.hfae": b"PK\x03\x04 and so on", "damaged.hfae": good[:20] + bytes([good[20] ^ 1]) + good[21:], "cut.hfae": good[:-9]}
+    texts = {
+        "foreign.hfae": b"PK\x03\x04 and so on",
+        "damaged.hfae": good[:20] + bytes([good[20] ^ 1]) + good[21:],
+        "cut.hfae": good[:-9],
+    }
     for name, data in texts.items():
         (tmp_path / name).write_bytes(data)
-        assert re.search("no .hfae file|damaged", error_of(client, "open_file", file=gradio_client.handle_file(str(tmp_path / name))))
+        assert re.search(
+            "no .hfae file|damaged",
+            error_of(client, "open_file", file=gradio_client.handle_file(str(tmp_path / name))),
+        )
 
 
 @pytest.mark.parametrize(
@@ -291,7 +324,9 @@ def test_no_file_of_the_machine_can_be_read(space, client):
 
 def called(space: str, name: str, body: dict) -> str:
     """What the bare HTTP API answers."""
-    request = urllib.request.Request(f"{space}/gradio_api/call/{name}", json.dumps(body).encode(), {"Content-Type": "application/json"})
+    request = urllib.request.Request(
+        f"{space}/gradio_api/call/{name}", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
     event = json.loads(urllib.request.urlopen(request, timeout=10).read())["event_id"]
     return urllib.request.urlopen(f"{space}/gradio_api/call/{name}/{event}", timeout=60).read().decode()
 
@@ -300,12 +335,20 @@ def test_an_upload_stays_in_its_folder_whatever_its_name(space):
     owl = (EXAMPLES / "owl.png").read_bytes()
     head = b'--b\r\nContent-Disposition: form-data; name="files"; filename="../../../../../../tmp/../etc/evil.png"\r\n\r\n'
     request = urllib.request.Request(
-        f"{space}/gradio_api/upload", head + owl + b"\r\n--b--\r\n", {"Content-Type": "multipart/form-data; boundary=b"}
+        f"{space}/gradio_api/upload",
+        head + owl + b"\r\n--b--\r\n",
+        {"Content-Type": "multipart/form-data; boundary=b"},
     )
     (path,) = json.loads(urllib.request.urlopen(request, timeout=10).read())
     assert ".." not in path and "hf_ae_space_" in path and not Path("/etc/evil.png").exists()
 
 
 def test_no_address_of_this_machine_is_fetched(space):
-    body = {"data": [{"url": f"{space}/theme.css", "path": f"{space}/theme.css", "meta": {"_type": "gradio.FileData"}}, "Photo", 0.5]}
+    body = {
+        "data": [
+            {"url": f"{space}/theme.css", "path": f"{space}/theme.css", "meta": {"_type": "gradio.FileData"}},
+            "Photo",
+            0.5,
+        ]
+    }
     assert "event: error" in called(space, "round_trip", body)

@@ -22,10 +22,16 @@ SPACE = ROOT / "spaces" / "hf-ae"
 def test_front_matter_fits_what_is_tested():
     card = front_matter((SPACE / "README.md").read_text())
     assert card["sdk"] == "gradio" and f"gradio=={card['sdk_version']}\n" in (ROOT / "constraints.txt").read_text()
-    assert (SPACE / card["app_file"]).is_file() and card["python_version"] == "3.12" and card["license"] == "apache-2.0"
+    assert (
+        (SPACE / card["app_file"]).is_file() and card["python_version"] == "3.12" and card["license"] == "apache-2.0"
+    )
     assert len(card["short_description"]) <= 60 and len(card["title"]) <= 30
-    shipped = {path.parent.name for name in ("config", "model_index") for path in ROOT.glob(f"model_cards/*/{name}.json")}
-    used = set(re.findall(r'"((?:mnist|fashion|emoji|photo)-[\w-]+)"', "".join(p.read_text() for p in SPACE.glob("*.py"))))
+    shipped = {
+        path.parent.name for name in ("config", "model_index") for path in ROOT.glob(f"model_cards/*/{name}.json")
+    }
+    used = set(
+        re.findall(r'"((?:mnist|fashion|emoji|photo)-[\w-]+)"', "".join(p.read_text() for p in SPACE.glob("*.py")))
+    )
     assert {model.split("/")[1] for model in card["models"]} == shipped & used
 
 
@@ -89,14 +95,23 @@ def test_as_on_the_hub_models_come_from_an_owner(tmp_path):
 
 def in_the_space(folder: Path, code: str, **environment: str) -> str:
     """What a program prints that runs beside the Space's modules."""
-    env = {**os.environ, "PYTHONPATH": f"{folder}{os.pathsep}{ROOT}", "GRADIO_TEMP_DIR": str(folder / "temporary"), **environment}
-    return subprocess.run([sys.executable, "-c", code], env=env, check=True, capture_output=True, text=True).stdout.strip()
+    env = {
+        **os.environ,
+        "PYTHONPATH": f"{folder}{os.pathsep}{ROOT}",
+        "GRADIO_TEMP_DIR": str(folder / "temporary"),
+        **environment,
+    }
+    return subprocess.run(
+        [sys.executable, "-c", code], env=env, check=True, capture_output=True, text=True
+    ).stdout.strip()
 
 
 def test_without_a_checkout_models_are_those_that_the_readme_names(tmp_path):
     pytest.importorskip("gradio", reason="the Space needs pip install 'hf_ae[space]'")
     shutil.copytree(SPACE, tmp_path / "space", ignore=shutil.ignore_patterns("__pycache__"))
-    code = "import serving; print(serving.place('mnist-vae'), serving.available('mnist-vae'), serving.available('other'))"
+    code = (
+        "import serving; print(serving.place('mnist-vae'), serving.available('mnist-vae'), serving.available('other'))"
+    )
     assert in_the_space(tmp_path / "space", code) == "hf-ae/mnist-vae True False"
     assert in_the_space(tmp_path / "space", code, HF_AE_SPACE_MODELS="me,mnist-vae=you/vae") == "you/vae True False"
 
@@ -116,5 +131,10 @@ for _ in range(2):  # what is in a folder first, then the folder
     app.sweep(folder, {{str(folder / "shown")}}, 1)
 print(*sorted(str(p.relative_to(folder)) for p in folder.rglob("*")))
 """
-    assert set(in_the_space(SPACE, code, GRADIO_TEMP_DIR=str(tmp_path / "t")).split()) <= {"fresh", "shown", "old", "t"}
+    assert set(in_the_space(SPACE, code, GRADIO_TEMP_DIR=str(tmp_path / "t")).split()) <= {
+        "fresh",
+        "shown",
+        "old",
+        "t",
+    }
     assert (tmp_path / "shown").exists() and (tmp_path / "fresh").exists() and not (tmp_path / "old" / "one").exists()

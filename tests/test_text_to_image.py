@@ -100,16 +100,27 @@ def test_every_scheduler_draws_and_streams_the_picture_of_the_call(name):
     *previews, last = pipe.stream(PROMPT, **call)
     np.testing.assert_array_equal(last.images, pipe(PROMPT, **call).images)
     assert np.isfinite(last.images).all() and last.images.std() > 0.01
-    assert [p.step for p in previews] == list(range(1, len(previews) + 1)) and previews[0].num_steps == len(previews) >= 5
+    assert [p.step for p in previews] == list(range(1, len(previews) + 1)) and previews[0].num_steps == len(
+        previews
+    ) >= 5
     assert all(isinstance(p, Preview) and p.images.shape == (1, SIDE, SIDE, 3) for p in previews)
-    if name not in ("pndm", "tcd", "deis", "sde-dpm++", "heun", "kdpm2"):  # at the last step the estimate is the picture
+    if name not in (
+        "pndm",
+        "tcd",
+        "deis",
+        "sde-dpm++",
+        "heun",
+        "kdpm2",
+    ):  # at the last step the estimate is the picture
         np.testing.assert_allclose(previews[-1].images, last.images, atol=0.02)
     assert np.isfinite(pipe(PROMPT, image=last.images, strength=0.5, **call).images).all()
 
 
 def test_previews_come_from_the_light_decoder():
     pipe = pipeline(image_decoder=LightDecoder(), discriminator=Brightness())
-    assert pipe.to(torch.float64).image_decoder.layer.weight.dtype == torch.float64  # though it is no model of diffusers
+    assert (
+        pipe.to(torch.float64).image_decoder.layer.weight.dtype == torch.float64
+    )  # though it is no model of diffusers
     pipe.to(torch.float32)
     *previews, last = pipe.stream(PROMPT, seed=0, output_type="pt")
     codes = [p.images / 0.5 for p in pipe.stream(PROMPT, seed=0, output_type="latent") if isinstance(p, Preview)]
@@ -174,7 +185,12 @@ def test_texts_are_encoded_once_until_something_changes(pipe):
     changed = pipe(PROMPT, seed=0, output_type="np").images
     assert len(calls) == 6 and np.abs(changed - first).max() > 1e-4
     for i in range(70):
-        pipe(PROMPT + " " + "abcdefghij"[i // 10] + "abcdefghij"[i % 10], guidance_scale=1, num_inference_steps=1, output_type="latent")
+        pipe(
+            PROMPT + " " + "abcdefghij"[i // 10] + "abcdefghij"[i % 10],
+            guidance_scale=1,
+            num_inference_steps=1,
+            output_type="latent",
+        )
     assert len(pipe._texts) == module.CACHED_TEXTS
 
 
@@ -204,7 +220,9 @@ def test_with_a_prior_a_prompt_is_drawn_as_the_nearest_caption(pipe):
     pipe.prior = CaptionPrior(captions, num_texts=3, num_links=3, width=16)
     states = [pipe.text_encoder(**pipe.tokenizer(caption, return_tensors="pt"))[0].mean(1)[0] for caption in captions]
     vectors = torch.nn.functional.normalize(torch.stack(states), dim=1)
-    pipe.prior.load_state_dict({"vectors": vectors, "means": vectors, "links": torch.arange(3, dtype=torch.int32).repeat(2, 1)})
+    pipe.prior.load_state_dict(
+        {"vectors": vectors, "means": vectors, "links": torch.arange(3, dtype=torch.int32).repeat(2, 1)}
+    )
     drawn = pipe(["a red cat cat", *captions], seed=[1] * 4, num_inference_steps=2, output_type="pt")
     assert drawn.captions == ["a red cat", *captions]
     for image, caption in zip(drawn.images, drawn.captions):
@@ -230,7 +248,9 @@ def test_what_is_cut_off_a_prompt_is_quoted(warnings, limit):
 def test_padding_is_masked_except_where_the_configuration_says_otherwise(fields, masked):
     encoder, tokenizer = bert(**fields)
     pipe, seen = pipeline(text=lambda: (encoder, tokenizer)), []
-    pipe.unet.register_forward_pre_hook(lambda m, args, kwargs: seen.append(kwargs["encoder_hidden_states"]), with_kwargs=True)
+    pipe.unet.register_forward_pre_hook(
+        lambda m, args, kwargs: seen.append(kwargs["encoder_hidden_states"]), with_kwargs=True
+    )
     pipe(PROMPT, guidance_scale=1, num_inference_steps=1)
     tokens = tokenizer(PROMPT, padding="max_length", max_length=TOKENS, return_tensors="pt")
     with torch.no_grad():
@@ -333,7 +353,10 @@ BAD = {
     "interval order": ({"guidance_interval": (0.8, 0.2)}, r"guidance_interval=\(0.8, 0.2\) must be two shares"),
     "interval length": ({"guidance_interval": 0.5}, "guidance_interval=0.5 must be two shares"),
     "output type": ({"output_type": "jpg"}, "output_type='jpg' must be one of pil, np, pt, latent"),
-    "latents": ({"latents": torch.zeros(1, 4, 8, 7)}, r"latents must have shape \(1, 4, 8, 8\), but have \(1, 4, 8, 7\)"),
+    "latents": (
+        {"latents": torch.zeros(1, 4, 8, 7)},
+        r"latents must have shape \(1, 4, 8, 8\), but have \(1, 4, 8, 7\)",
+    ),
     "latents no tensor": ({"latents": 3}, r"latents must have shape \(1, 4, 8, 8\), but have \(\)"),
     "seed and generator": ({"seed": 1, "generator": torch.Generator()}, "seed and generator both"),
     "seed": ({"seed": -1}, "seed=-1 must be a whole number"),
@@ -343,7 +366,10 @@ BAD = {
     "no candidates": ({"num_candidates": 0}, "num_candidates=0 must be a whole number"),
     "image kind": ({"image": "cat.png"}, "image is a str"),
     "no image": ({"image": []}, "holds no image"),
-    "image size": ({"image": torch.zeros(3, 15, 16)}, "the image's height 15 does not divide by 2.*write height=14 or height=16"),
+    "image size": (
+        {"image": torch.zeros(3, 15, 16)},
+        "the image's height 15 does not divide by 2.*write height=14 or height=16",
+    ),
     "image sizes": ({"image": [PICTURE, PICTURE[:, 2:]]}, "images of several sizes"),
     "image channels": ({"image": PICTURE[:1]}, r"image has shape \(1, 16, 16\)"),
     "image range": ({"image": PICTURE - 1}, r"image has values from -1 to -1: pass values in \[0, 1\]"),

@@ -12,18 +12,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, StableDiffusionImg2ImgPipeline
 from hub_server import OWNER, HubServer
-from tiny_pipelines import (
-    PROMPT,
-    SIDE,
-    autoencoder_kl,
-    bert,
-    clip,
-    components,
-    noise,
-    pipeline,
-    stock,
-    vae_of_hf_ae,
-)
+from tiny_pipelines import PROMPT, SIDE, autoencoder_kl, bert, clip, components, noise, pipeline, stock, vae_of_hf_ae
 
 import hf_ae
 import hf_ae.pipelines.text_to_image as module
@@ -36,7 +25,9 @@ from hf_ae.pipelines import TextToImagePipeline
 @pytest.mark.parametrize("name", ["ddim", "dpm++", "euler", "pndm", "heun", "lcm"])
 def test_draws_what_stock_stable_diffusion_draws(name, text):
     parts = components(text, noise=name)
-    call = dict(num_inference_steps=4, guidance_scale=5.0, num_images_per_prompt=2, guidance_rescale=0.5, output_type="np")
+    call = dict(
+        num_inference_steps=4, guidance_scale=5.0, num_images_per_prompt=2, guidance_rescale=0.5, output_type="np"
+    )
     prompts, negatives = [PROMPT, "the dog"], ["a hat", "a mat"]
     if name == "lcm":  # draws noise on its way
         call |= dict(generator=[torch.Generator().manual_seed(i) for i in range(4)])
@@ -54,7 +45,9 @@ def test_image_to_image_draws_what_stock_draws(name):
     parts["vae"].encode = encode_mode(parts["vae"])
     picture = torch.rand(1, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(3))
     call = dict(image=picture, strength=0.6, num_inference_steps=5, guidance_scale=4.0, output_type="np")
-    expected = stock(StableDiffusionImg2ImgPipeline, **parts)(PROMPT, generator=torch.Generator().manual_seed(5), **call).images
+    expected = stock(StableDiffusionImg2ImgPipeline, **parts)(
+        PROMPT, generator=torch.Generator().manual_seed(5), **call
+    ).images
     images = TextToImagePipeline(**parts)(PROMPT, generator=torch.Generator().manual_seed(5), **call).images
     np.testing.assert_allclose(images, expected, atol=2e-6)
 
@@ -87,7 +80,9 @@ def test_loads_a_stable_diffusion_folder_unchanged(tmp_path, warnings):
     loaded, call = TextToImagePipeline.from_pretrained(tmp_path), dict(num_inference_steps=2, seed=1, output_type="np")
     loaded.set_progress_bar_config(disable=True)
     assert len(warnings) == 1 and "safety_checker is not run" in warnings[0]
-    expected = stock(**parts)(PROMPT, generator=torch.Generator().manual_seed(1), num_inference_steps=2, output_type="np").images
+    expected = stock(**parts)(
+        PROMPT, generator=torch.Generator().manual_seed(1), num_inference_steps=2, output_type="np"
+    ).images
     np.testing.assert_allclose(loaded(PROMPT, **call).images, expected, atol=2e-6)
 
 
@@ -114,7 +109,9 @@ def test_own_repo_loads_without_running_its_code(tmp_path, remote):
     loaded.set_progress_bar_config(disable=True)
     assert type(loaded) is TextToImagePipeline and type(loaded.vae) is hf_ae.VAEModel
     assert (loaded.config.default_num_inference_steps, loaded.config.default_guidance_scale) == (3, 3.0)
-    np.testing.assert_array_equal(loaded(PROMPT, seed=0, output_type="np").images, pipe(PROMPT, seed=0, output_type="np").images)
+    np.testing.assert_array_equal(
+        loaded(PROMPT, seed=0, output_type="np").images, pipe(PROMPT, seed=0, output_type="np").images
+    )
     other = TextToImagePipeline.from_pretrained(tmp_path, vae=autoencoder_kl(), dtype=torch.bfloat16)
     assert isinstance(other.vae, AutoencoderKL) and other.unet.dtype == torch.bfloat16
 
@@ -130,7 +127,12 @@ def test_a_model_type_that_nobody_registered_is_named(tmp_path):
 def test_from_the_hub_only_what_is_needed_travels(tmp_path):
     """And the file does as remote code, without hf_ae."""
     folder = ship(pipeline(vae=vae_of_hf_ae), tmp_path / "repo")
-    for name in ("unet/diffusion_pytorch_model.fp16.safetensors", "unet/diffusion_pytorch_model.bin", "unet/model.onnx", "safety/x.json"):
+    for name in (
+        "unet/diffusion_pytorch_model.fp16.safetensors",
+        "unet/diffusion_pytorch_model.bin",
+        "unet/model.onnx",
+        "safety/x.json",
+    ):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(b"not needed")
     stock_vae = ship(pipeline(), tmp_path / "stock-vae")
@@ -151,11 +153,22 @@ def test_from_the_hub_only_what_is_needed_travels(tmp_path):
     """
     with HubServer() as server:
         env = server.client_env(tmp_path / "home", OWNER, OMP_NUM_THREADS="1")
-        done = subprocess.run([sys.executable, "-c", code, str(folder), str(stock_vae)], env=env, capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, "-c", code, str(folder), str(stock_vae)], env=env, capture_output=True, text=True
+        )
         assert done.returncode == 0, done.stderr
-        fetched = {re.sub(r".*/resolve/\w+/", "", line) for line in server.requests if line.startswith("GET") and "/resolve/" in line}
+        fetched = {
+            re.sub(r".*/resolve/\w+/", "", line)
+            for line in server.requests
+            if line.startswith("GET") and "/resolve/" in line
+        }
     assert done.stdout.splitlines() == ["TextToImagePipeline (16, 16)", "VAEModel (16, 16) me/drawer"]
-    expected = {"model_index.json", "unet/config.json", "unet/diffusion_pytorch_model.safetensors", "vae/model.safetensors"}
+    expected = {
+        "model_index.json",
+        "unet/config.json",
+        "unet/diffusion_pytorch_model.safetensors",
+        "vae/model.safetensors",
+    }
     assert expected <= fetched and not [name for name in fetched if re.search(r"\.(py|bin|onnx)$|fp16|safety", name)]
 
 

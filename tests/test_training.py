@@ -15,8 +15,8 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModel
 
-from hf_ae.training.arguments import checkpoints, parse_overrides
 from hf_ae.train import main, train
+from hf_ae.training.arguments import checkpoints, parse_overrides
 
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
 FLAGS = [
@@ -27,7 +27,9 @@ FLAGS = [
 
 
 def command(processes: int, *flags) -> list[str]:
-    start = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] if processes > 1 else []
+    start = (
+        ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] if processes > 1 else []
+    )
     return [sys.executable, *start, "-m", "hf_ae.train", *FLAGS, *map(str, flags)]
 
 
@@ -49,7 +51,12 @@ def run(processes, *flags):
 @pytest.mark.parametrize("processes", [1, 2])
 def test_killed_and_resumed_gives_bitwise_the_weights_of_an_uninterrupted_run(processes, tmp_path):
     """SIGKILL to every process once the second checkpoint is there; benchmarks/kill_and_resume.py does it ten times."""
-    adversarial = ["--model_type", "hf_ae_vaegan", "--config_overrides", "hidden_sizes=[16],latent_dim=4,discriminator_channels=[4,8]"]
+    adversarial = [
+        "--model_type",
+        "hf_ae_vaegan",
+        "--config_overrides",
+        "hidden_sizes=[16],latent_dim=4,discriminator_channels=[4,8]",
+    ]
     extra = ["--optimizer", "muon", "--gradient_accumulation_steps", "2"] if processes == 1 else adversarial
     run(processes, "--output_dir", tmp_path / "whole", *extra)
     child = subprocess.Popen(
@@ -63,7 +70,9 @@ def test_killed_and_resumed_gives_bitwise_the_weights_of_an_uninterrupted_run(pr
         time.sleep(0.01)
     kill_all(child)
     assert not (tmp_path / "cut" / "model.safetensors").exists(), "the run ended before it was killed"
-    assert "Going on from checkpoint-" in run(processes, "--output_dir", tmp_path / "cut", "--resume_from_checkpoint", "latest", *extra)
+    assert "Going on from checkpoint-" in run(
+        processes, "--output_dir", tmp_path / "cut", "--resume_from_checkpoint", "latest", *extra
+    )
     whole, cut = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "cut"))
     assert all(torch.equal(whole[k], cut[k]) for k in whole)
     assert [p.name for p in checkpoints(tmp_path / "cut")] == ["checkpoint-49", "checkpoint-56"]
@@ -149,7 +158,9 @@ def test_streaming_trains_and_learns_what_memory_does(train_args, tmp_path):
         )
         from hf_ae.evaluation.evaluate import evaluate
 
-        losses[streaming] = evaluate(output, str(SAMPLE), tasks="reconstruction", max_images=200)["reconstruction"]["mse"]
+        losses[streaming] = evaluate(output, str(SAMPLE), tasks="reconstruction", max_images=200)["reconstruction"][
+            "mse"
+        ]
     assert losses[True] < 0.045 and abs(losses[True] - losses[False]) < 0.1 * losses[False]
 
 
@@ -207,7 +218,11 @@ def test_loss_that_is_not_finite_stops_with_step_term_and_checkpoint(train_args,
 
 def broken_dataset(folder: Path) -> Path:
     """100 images, of which number 41 is cut off."""
-    rows = datasets.load_dataset(str(SAMPLE), split="train[:100]").cast_column("image", datasets.Image(decode=False)).to_list()
+    rows = (
+        datasets.load_dataset(str(SAMPLE), split="train[:100]")
+        .cast_column("image", datasets.Image(decode=False))
+        .to_list()
+    )
     rows[41]["image"]["bytes"] = rows[41]["image"]["bytes"][:60]
     features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
     (folder / "data").mkdir(parents=True)
@@ -216,7 +231,16 @@ def broken_dataset(folder: Path) -> Path:
 
 
 def test_fine_tuning_begins_with_the_given_weights_and_changes_what_overrides_name(tmp_path, capsys):
-    few = ["--dataset_name", str(SAMPLE), "--max_train_samples", "40", "--train_batch_size", "20", "--validation_epochs", "0"]
+    few = [
+        "--dataset_name",
+        str(SAMPLE),
+        "--max_train_samples",
+        "40",
+        "--train_batch_size",
+        "20",
+        "--validation_epochs",
+        "0",
+    ]
     make = ["--model_type", "hf_ae_vae", "--config_overrides", "hidden_sizes=[16],latent_dim=4"]
     main([*few, *make, "--output_dir", str(tmp_path / "first"), "--max_train_steps", "1", "--learning_rate", "1e-2"])
     tune = [*few, "--pretrained_model", str(tmp_path / "first"), "--max_train_steps", "1", "--learning_rate", "1e-20"]
@@ -224,7 +248,9 @@ def test_fine_tuning_begins_with_the_given_weights_and_changes_what_overrides_na
     first, second = (AutoModel.from_pretrained(tmp_path / name) for name in ("first", "second"))
     assert second.config.kl_weight == 0.25 and second.config.latent_dim == 4
     assert all(torch.allclose(a, b, atol=1e-9) for a, b in zip(first.parameters(), second.parameters(), strict=True))
-    expect_one_line(capsys, [*tune, "--config_overrides", "latent_dim=5", "--output_dir", tmp_path / "third"], "shape", "first")
+    expect_one_line(
+        capsys, [*tune, "--config_overrides", "latent_dim=5", "--output_dir", tmp_path / "third"], "shape", "first"
+    )
 
 
 def expect_one_line(capsys, argv: list, *words: str):
@@ -239,7 +265,9 @@ def expect_one_line(capsys, argv: list, *words: str):
 def test_bad_flags_and_datasets_are_named(capsys, tmp_path):
     data = ["--dataset_name", SAMPLE, "--output_dir", tmp_path / "o"]
     expect_one_line(capsys, [*data, "--config_overrides", "latentdim=3"], "latentdim", "latent_dim")
-    expect_one_line(capsys, [*data, "--config_overrides", "latent_dim=3,latent_channels=2"], "latent_dim", "latent_channels")
+    expect_one_line(
+        capsys, [*data, "--config_overrides", "latent_dim=3,latent_channels=2"], "latent_dim", "latent_channels"
+    )
     expect_one_line(capsys, [*data, "--config_overrides", "latent_dim"], "'='")
     expect_one_line(capsys, [*data, "--model_type", "vae"], "hf_ae_vae")
     expect_one_line(capsys, [*data, "--image_column", "picture"], "picture", "image, label")
@@ -305,7 +333,9 @@ def test_output_folders_that_are_not_ours_are_left_alone(capsys, train_args, tmp
     train(train_args())
     before = (tmp_path / "run" / "model.safetensors").read_bytes()
     expect_one_line(capsys, [*flags, "--output_dir", tmp_path / "run"], "earlier run")
-    expect_one_line(capsys, [*flags, "--output_dir", tmp_path / "run", "--resume_from_checkpoint", "latest"], "finished")
+    expect_one_line(
+        capsys, [*flags, "--output_dir", tmp_path / "run", "--resume_from_checkpoint", "latest"], "finished"
+    )
     assert (tmp_path / "run" / "model.safetensors").read_bytes() == before
 
 
@@ -313,7 +343,9 @@ def test_a_checkpoint_of_another_model_or_a_damaged_one_is_refused(capsys, train
     train(train_args(checkpointing_steps=2))
     flags = ["--dataset_name", SAMPLE, "--max_train_samples", "200", "--validation_epochs", "0", "--output_dir", tmp_path / "run",
              "--resume_from_checkpoint", "latest", "--config_overrides"]  # fmt: skip
-    expect_one_line(capsys, [*flags, "hidden_sizes=[17],latent_dim=4"], "another model", "hidden_sizes", "[16]", "[17]")
+    expect_one_line(
+        capsys, [*flags, "hidden_sizes=[17],latent_dim=4"], "another model", "hidden_sizes", "[16]", "[17]"
+    )
     fitting = [*flags, "hidden_sizes=[16],latent_dim=4", "--train_batch_size"]
     expect_one_line(capsys, [*fitting, "10"], "other data or batches", "train_batch_size 20 there and 10 here")
     flags[flags.index("latest")] = tmp_path / "run" / "checkpoint-2"
@@ -374,5 +406,7 @@ def test_compiled_training_resumes(train_args, tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "eager")
     train(train_args(checkpointing_steps=2, max_train_steps=4))
     (tmp_path / "run" / "model.safetensors").unlink()
-    train(train_args(checkpointing_steps=2, max_train_steps=6, resume_from_checkpoint="latest", lr_scheduler="constant"))
+    train(
+        train_args(checkpointing_steps=2, max_train_steps=6, resume_from_checkpoint="latest", lr_scheduler="constant")
+    )
     assert all(not k.startswith("_orig") for k in load_file(tmp_path / "run" / "model.safetensors"))

@@ -31,7 +31,10 @@ def test_the_discriminators_term_trains_the_discriminator_and_gives_the_generato
     model = make("vaegan-mlp")
     model(pixels(model)).losses["discriminator"].backward()
     reached = {id(g) for g in gradients(model.discriminator)}
-    for name, parameter in model.discriminator.named_parameters():  # within the hinge's margin that of the last bias is ½ - ½
+    for (
+        name,
+        parameter,
+    ) in model.discriminator.named_parameters():  # within the hinge's margin that of the last bias is ½ - ½
         assert id(parameter.grad) in reached or name.endswith("to_logits.bias"), name
     assert not gradients(model.encoder) and not gradients(model.decoder)
 
@@ -63,7 +66,9 @@ def test_one_backward_pass_gives_both_parts_what_two_separate_passes_give():
 
 def test_the_adaptive_weight_makes_both_gradients_equally_long():
     weight = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
-    value = adaptive_weight((weight * torch.tensor([3.0, 4.0])).sum(), (weight * torch.tensor([0.0, 0.5])).sum(), weight)
+    value = adaptive_weight(
+        (weight * torch.tensor([3.0, 4.0])).sum(), (weight * torch.tensor([0.0, 0.5])).sum(), weight
+    )
     assert value.item() == pytest.approx(10.0, rel=1e-4) and not value.requires_grad
     assert adaptive_weight(weight.sum(), 0 * weight.sum(), weight).item() == 1e4
 
@@ -99,7 +104,9 @@ def test_each_part_has_its_own_optimizer(train_args):
         held = [p for o in optimizers for g in o.param_groups for p in g["params"]]
         assert len(optimizers) == count and sorted(map(id, held)) == sorted(map(id, model.parameters()))
         group = optimizers[-1].param_groups[0]
-        assert group["lr"] == 1e-4 and list(map(id, group["params"])) == list(map(id, model.discriminator.parameters()))
+        assert group["lr"] == 1e-4 and list(map(id, group["params"])) == list(
+            map(id, model.discriminator.parameters())
+        )
 
 
 def test_two_processes_give_the_gradients_of_one_with_twice_the_batch(tmp_path):
@@ -126,7 +133,9 @@ accelerator.end_training()
     env = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     for processes in (1, 2):
         start = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"] if processes == 2 else []
-        subprocess.run([sys.executable, *start, script, tmp_path / f"{processes}.pt"], env=env, check=True, capture_output=True)
+        subprocess.run(
+            [sys.executable, *start, script, tmp_path / f"{processes}.pt"], env=env, check=True, capture_output=True
+        )
     one, two = (torch.load(tmp_path / f"{n}.pt", weights_only=True) for n in (1, 2))
     assert max((a - b).abs().max() / a.abs().max() for a, b in zip(one, two)) < 1e-4
 

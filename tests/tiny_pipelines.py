@@ -69,16 +69,27 @@ def clip():
     tokenizer = CLIPTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=[], model_max_length=TOKENS)
     size = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
     torch.manual_seed(2)
-    config = CLIPTextConfig(vocab_size=len(tokens), max_position_embeddings=TOKENS, bos_token_id=0, eos_token_id=1, pad_token_id=1, **size)
+    config = CLIPTextConfig(
+        vocab_size=len(tokens), max_position_embeddings=TOKENS, bos_token_id=0, eos_token_id=1, pad_token_id=1, **size
+    )
     return CLIPTextModel(config), tokenizer
 
 
 def bert(**fields):
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *re.findall(r"\w+", "a red blue cat dog on the mat with hat and tie")]
+    words = [
+        "[PAD]",
+        "[UNK]",
+        "[CLS]",
+        "[SEP]",
+        "[MASK]",
+        *re.findall(r"\w+", "a red blue cat dog on the mat with hat and tie"),
+    ]
     tokenizer = BertTokenizer(vocab={word: i for i, word in enumerate(words)}, model_max_length=TOKENS)
     size = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
     torch.manual_seed(2)
-    return BertModel(BertConfig(vocab_size=len(words), max_position_embeddings=TOKENS, **size, **fields)).eval(), tokenizer
+    return BertModel(
+        BertConfig(vocab_size=len(words), max_position_embeddings=TOKENS, **size, **fields)
+    ).eval(), tokenizer
 
 
 class Brightness(torch.nn.Module):
@@ -97,12 +108,20 @@ class LightDecoder(torch.nn.Module):
         self.layer = torch.nn.Conv2d(CHANNELS, 3, 1)
 
     def decode(self, z):
-        return type("Decoded", (), {"sample": torch.nn.functional.interpolate(self.layer(z), scale_factor=SCALE).tanh()})
+        return type(
+            "Decoded", (), {"sample": torch.nn.functional.interpolate(self.layer(z), scale_factor=SCALE).tanh()}
+        )
 
 
 def components(text=clip, vae=autoencoder_kl, noise="ddim"):
     encoder, tokenizer = text()
-    return dict(vae=vae().eval(), text_encoder=encoder.eval(), tokenizer=tokenizer, unet=unet().eval(), scheduler=scheduler(noise))
+    return dict(
+        vae=vae().eval(),
+        text_encoder=encoder.eval(),
+        tokenizer=tokenizer,
+        unet=unet().eval(),
+        scheduler=scheduler(noise),
+    )
 
 
 def pipeline(text=clip, vae=autoencoder_kl, noise="ddim", **extra):

@@ -2,50 +2,95 @@
 
 import hf_ae
 
-SMALL_CONV = dict(network="conv", image_size=[12, 16], hidden_sizes=[4, 8])
+CONV = dict(network="conv", image_size=[12, 16], hidden_sizes=[4, 8])
+RESNET = dict(network="resnet", image_size=16, hidden_sizes=[8, 16])
 
 VARIANTS = {
     "autoencoder-mlp": ("hf_ae_autoencoder", dict(hidden_sizes=[24, 12], latent_dim=5, activation="sigmoid")),
-    "autoencoder-conv": ("hf_ae_autoencoder", dict(SMALL_CONV, latent_dim=5, num_channels=3)),
-    "autoencoder-unpool": ("hf_ae_autoencoder", dict(SMALL_CONV, latent_dim=5, downsample="maxpool", upsample="unpool")),
-    "autoencoder-nearest": ("hf_ae_autoencoder", dict(SMALL_CONV, latent_channels=2, downsample="maxpool", upsample="nearest")),
-    "autoencoder-resnet": ("hf_ae_autoencoder", dict(network="resnet", image_size=16, hidden_sizes=[8, 16], latent_channels=3)),
-    "autoencoder-patches": ("hf_ae_autoencoder", dict(network="resnet", image_size=16, hidden_sizes=[8, 16], patch_size=4, latent_dim=3)),
+    "autoencoder-conv": ("hf_ae_autoencoder", dict(CONV, latent_dim=5, num_channels=3)),
+    "autoencoder-unpool": ("hf_ae_autoencoder", dict(CONV, latent_dim=5, downsample="maxpool", upsample="unpool")),
+    "autoencoder-nearest": (
+        "hf_ae_autoencoder",
+        dict(CONV, latent_channels=2, downsample="maxpool", upsample="nearest"),
+    ),
+    "autoencoder-resnet": ("hf_ae_autoencoder", dict(RESNET, latent_channels=3)),
+    "autoencoder-patches": ("hf_ae_autoencoder", dict(RESNET, patch_size=4, latent_dim=3)),
     "sparse-l1": ("hf_ae_sparse", dict(hidden_sizes=[16], latent_dim=40, latent_activation="relu")),
-    "sparse-kl": ("hf_ae_sparse", dict(SMALL_CONV, latent_channels=3, sparsity="kl", latent_activation="sigmoid")),
-    "denoising": ("hf_ae_denoising", dict(SMALL_CONV, latent_channels=3, num_channels=3, corruption="masking", sparsity="l1")),
-    "denoising-transform": ("hf_ae_denoising", dict(network="transform", image_size=16, num_channels=3, hidden_sizes=[8, 16], patch_size=2,
-                                                    latent_channels=48, corruption="grayscale", pixel_range=[-1.0, 1.0])),
+    "sparse-kl": ("hf_ae_sparse", dict(CONV, latent_channels=3, sparsity="kl", latent_activation="sigmoid")),
+    "denoising": (
+        "hf_ae_denoising",
+        dict(CONV, latent_channels=3, num_channels=3, corruption="masking", sparsity="l1"),
+    ),
+    "denoising-transform": (
+        "hf_ae_denoising",
+        dict(
+            network="transform", image_size=16, num_channels=3, hidden_sizes=[8, 16], patch_size=2, latent_channels=48,
+            corruption="grayscale", pixel_range=[-1.0, 1.0],
+        ),
+    ),
     "contractive-exact": ("hf_ae_contractive", dict(hidden_sizes=[], latent_dim=9, latent_activation="sigmoid")),
     "contractive-deep": ("hf_ae_contractive", dict(hidden_sizes=[16], latent_dim=6, reconstruction_loss="bce")),
     "vae-mlp": ("hf_ae_vae", dict(hidden_sizes=[24], latent_dim=5, reconstruction_loss="bce")),
-    "vae-resnet": ("hf_ae_vae", dict(network="resnet", image_size=[16, 24], num_channels=3, hidden_sizes=[8, 8, 16],
-                                     latent_channels=4, pixel_range=[-1.0, 1.0], reconstruction_loss="l1", kl_weight=1e-6)),
+    "vae-resnet": (
+        "hf_ae_vae",
+        dict(
+            network="resnet", image_size=[16, 24], num_channels=3, hidden_sizes=[8, 8, 16], latent_channels=4,
+            pixel_range=[-1.0, 1.0], reconstruction_loss="l1", kl_weight=1e-6,
+        ),
+    ),
     "beta-vae": ("hf_ae_beta_vae", dict(hidden_sizes=[16], latent_dim=5)),
-    "beta-vae-capacity": ("hf_ae_beta_vae", dict(hidden_sizes=[16], latent_dim=5, objective="capacity", capacity=3.0, capacity_steps=8)),
-    "beta-vae-tc": ("hf_ae_beta_vae", dict(hidden_sizes=[16], latent_dim=5, objective="total_correlation", dataset_size=100)),
-    "vaegan-mlp": ("hf_ae_vaegan", dict(hidden_sizes=[16], latent_dim=5, discriminator_channels=[4, 8], feature_weight=0.01)),
-    "vaegan-conv": ("hf_ae_vaegan", dict(SMALL_CONV, latent_channels=2, num_channels=3, discriminator_channels=[4, 8],
-                                         pixel_range=[-1.0, 1.0], adversarial_loss="non_saturating", adversarial_start=2)),
-    "compressive": ("hf_ae_compressive", dict(image_size=16, num_channels=1, hidden_sizes=[8, 8], patch_size=2, num_res_blocks=1,
-                                              latent_channels=12, hyper_channels=[8, 4])),
-    "vqvae-ema": ("hf_ae_vqvae", dict(SMALL_CONV, latent_channels=3, codebook_size=16)),
-    "vqvae-gradient": ("hf_ae_vqvae", dict(hidden_sizes=[24], latent_dim=12, num_codes=4, quantizer="gradient", codebook_size=8)),
-    "vqvae-cosine": ("hf_ae_vqvae", dict(network="resnet", image_size=16, hidden_sizes=[8, 16], codebook_size=16, code_distance="cosine")),
-    "vqvae-fsq": ("hf_ae_vqvae", dict(SMALL_CONV, quantizer="fsq", fsq_levels=[5, 4, 3])),
-    "vqvae2": ("hf_ae_vqvae2", dict(image_size=[12, 20], hidden_sizes=[8, 8], latent_channels=8, codebook_size=16)),
-    "vqvae2-three-levels": ("hf_ae_vqvae2", dict(SMALL_CONV, num_levels=3, latent_channels=9, codebook_size=8, quantizer="gradient")),
+    "beta-vae-capacity": (
+        "hf_ae_beta_vae",
+        dict(hidden_sizes=[16], latent_dim=5, objective="capacity", capacity=3.0, capacity_steps=8),
+    ),
+    "beta-vae-tc": (
+        "hf_ae_beta_vae",
+        dict(hidden_sizes=[16], latent_dim=5, objective="total_correlation", dataset_size=100),
+    ),
+    "vaegan-mlp": (
+        "hf_ae_vaegan",
+        dict(hidden_sizes=[16], latent_dim=5, discriminator_channels=[4, 8], feature_weight=0.01),
+    ),
+    "vaegan-conv": (
+        "hf_ae_vaegan",
+        dict(
+            CONV, latent_channels=2, num_channels=3, discriminator_channels=[4, 8], pixel_range=[-1.0, 1.0],
+            adversarial_loss="non_saturating", adversarial_start=2,
+        ),
+    ),
+    "compressive": (
+        "hf_ae_compressive",
+        dict(
+            image_size=16, num_channels=1, hidden_sizes=[8, 8], patch_size=2, num_res_blocks=1, latent_channels=12,
+            hyper_channels=[8, 4],
+        ),
+    ),
+    "vqvae-ema": ("hf_ae_vqvae", dict(CONV, latent_channels=3, codebook_size=16)),
+    "vqvae-gradient": (
+        "hf_ae_vqvae",
+        dict(hidden_sizes=[24], latent_dim=12, num_codes=4, quantizer="gradient", codebook_size=8),
+    ),
+    "vqvae-cosine": ("hf_ae_vqvae", dict(RESNET, codebook_size=16, code_distance="cosine")),
+    "vqvae-fsq": ("hf_ae_vqvae", dict(CONV, quantizer="fsq", fsq_levels=[5, 4, 3])),
+    "vqvae2": (
+        "hf_ae_vqvae2",
+        dict(image_size=[12, 20], hidden_sizes=[8, 8], latent_channels=8, codebook_size=16),
+    ),
+    "vqvae2-three-levels": (
+        "hf_ae_vqvae2",
+        dict(CONV, num_levels=3, latent_channels=9, codebook_size=8, quantizer="gradient"),
+    ),
 }  # fmt: skip
 
 
-def make(name: str):
-    """A new model of a variant, the same at every call."""
+def make(name: str, **more):
+    """A new model of a variant, the same at every call; `more` are fields that it does not set."""
     import torch
 
     torch.manual_seed(0)
     model_type, fields = VARIANTS[name]
     cls = hf_ae.MODELS[model_type]
-    return cls(cls.config_class(**fields))
+    return cls(cls.config_class(**fields, **more))
 
 
 def pixels(model, batch: int = 4, seed: int = 1):

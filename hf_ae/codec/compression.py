@@ -54,7 +54,8 @@ def compress(model: Any, image: Any, quality: float | None = None, model_id: str
         identity = fingerprint(model)
     if model_id is None:
         model_id = getattr(model, "name_or_path", "") or getattr(model.config, "_name_or_path", "") or ""
-    return pack(File(method, image.mode, *image.size, identity, str(model_id), body))
+    width, height = image.size
+    return pack(File(method, image.mode, width, height, identity, str(model_id), body))
 
 
 def decompress(data: bytes, model: Any = None, max_pixels: int = MAX_PIXELS) -> Image.Image:
@@ -113,11 +114,9 @@ def prepare_image(image: Any, channels: int) -> Image.Image:
     """Any image -> a PIL image of mode L or RGB that a model of so many channels can code. Raises ValueError."""
     image = open_image(image)
     opaque = not image.has_transparency_data or image.convert("RGBA").getchannel("A").getextrema() == (255, 255)
+    wrong = "The image is transparent, and this format keeps no transparency"
     advice = "PIL.Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)"
-    require(
-        opaque,
-        f"The image is transparent, and this format keeps no transparency: lay it on a background first, such as {advice}.",
-    )
+    require(opaque, f"{wrong}: lay it on a background first, such as {advice}.")
     gray = image.mode in ("1", "L", "LA", "I", "F") or image.mode.startswith("I;16")
     advice = "convert it first with image.convert('L')"
     require(channels == 3 or gray, f"This model codes gray images, and the image has colours: {advice}.")
@@ -128,10 +127,8 @@ def prepare_image(image: Any, channels: int) -> Image.Image:
 def method_of(model: Any) -> str:
     """How the codec writes this model's latents. Raises ValueError where it cannot."""
     method = getattr(model, "codec_method", "latents")  # diffusers' models do not say
-    require(
-        method,
-        "The decoder of this model needs positions beside its latents (upsample='unpool'): it cannot be a codec.",
-    )
+    needs = "positions beside its latents (upsample='unpool')"
+    require(method, f"The decoder of this model needs {needs}: it cannot be a codec.")
     return method
 
 

@@ -6,7 +6,7 @@ all bytes but the last.
 | bytes | what |
 | ---: | --- |
 | 2 | AE 68 |
-| 1 | from the top: 3 bits version (1), 1 bit Pillow mode (see MODES), 1 bit names its model, 3 bits method (see METHODS) |
+| 1 | from the top: 3 bits version (1), 1 bit mode (see MODES), 1 bit names its model, 3 bits method (see METHODS) |
 | 1-5 | width, varint |
 | 1-5 | height, varint |
 | 3 | fingerprint: the first bytes of the SHA-256 over the weights and tables that decoding uses |

@@ -55,8 +55,8 @@ def read_moments(model: Any, file: File, reader: Reader) -> tuple[Tensor, Tensor
     good = groups == (channels if stride else 1)
     expect(good, f"The file holds {groups} groups of latents, which does not fit this model.")
     data = np.frombuffer(reader.take(4 * groups), "<f2").astype(np.float32).reshape(groups, 2)
-    good = np.isfinite(data).all() and (data[:, 1] > 0).all()
-    expect(good, "The file's means and standard deviations are not finite.")
+    finite = np.isfinite(data).all() and (data[:, 1] > 0).all()
+    expect(finite, "The file's means and standard deviations are not finite.")
     return torch.from_numpy(data[:, 0]), torch.from_numpy(data[:, 1]), shape
 
 

@@ -22,9 +22,9 @@ from .feature_network import load_feature_network
 from .generation import IMAGES, captions_of, find_sampler, measure_generation, model_generator, pipeline_generator
 
 COLUMNS = {
-    "parameters": "parameters", "code_size": "latents", "mse": "MSE", "psnr": "PSNR (dB)", "ssim": "SSIM", "fid": "FID",
-    "kid": "KID × 1000", "precision": "precision", "recall": "recall", "coverage": "coverage", "sampler": "sampled from",
-    "ms_per_sample": "ms a sample", "images_per_second": "reconstructions/s",
+    "parameters": "parameters", "code_size": "latents", "mse": "MSE", "psnr": "PSNR (dB)", "ssim": "SSIM",
+    "fid": "FID", "kid": "KID × 1000", "precision": "precision", "recall": "recall", "coverage": "coverage",
+    "sampler": "sampled from", "ms_per_sample": "ms a sample", "images_per_second": "reconstructions/s",
 }  # fmt: skip
 """Keys of a row -> titles."""
 REAL = "real (training split)"

@@ -98,8 +98,8 @@ def features_of(network: nn.Module, images: Tensor) -> Tensor:
         _, channels, height, width = images.shape
         require(
             channels == 1 and max(height, width) <= 64,
-            f"Images of {channels} channels and {height}×{width} pixels need another feature network than the one that "
-            "ships, for small gray ones: write --feature_network with an image model of transformers.",
+            f"Images of {channels} channels and {height}×{width} pixels need another feature network than the one "
+            "that ships, for small gray ones: write --feature_network with an image model of transformers.",
         )
         if (height, width) != (28, 28):
             images = F.interpolate(images, size=(28, 28), mode="bilinear", antialias=True)

@@ -44,6 +44,10 @@ FIGURES = {
 }
 """File -> caption."""
 GENERATION = {"fid": "FID", "kid": "KID × 1000"} | {n: n for n in ("precision", "recall", "density", "coverage")}
+MADE_WITH = "Made with hf_ae: every autoencoder as a Hugging Face model."
+UNPOOLING = """The decoder also gets the positions of the maxima that the encoder's pooling kept (`pool_positions`): a
+reconstruction uses more than the latents alone, so its error is not comparable with models that decode the latents
+alone."""
 RECIPES = (("recipe.yaml", "train", "## Training"), ("recipe-prior.yaml", "train_prior", "## Training of the prior"))
 
 
@@ -64,7 +68,8 @@ def write_card(folder: str | Path) -> Path:
     front, sections = (pipeline_card if is_pipeline else model_card)(folder, name, metrics, dataset)
     if license := front_matter(old).get("license"):
         front["license"] = license
-    if dataset and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", dataset) and not Path(dataset).exists():
+    local = str(dataset).startswith("outputs/") or Path(str(dataset)).exists()
+    if dataset and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", dataset) and not local:
         front["datasets"] = [dataset]
     for file, script, title in RECIPES:
         if file in recipes:
@@ -92,10 +97,11 @@ def figures(folder: Path, captions: dict[str, str]) -> list[str]:
     return [f"![{text}]({name})" for name, text in captions.items() if (folder / name).is_file()]
 
 
-def markdown_table(head: list[str], rows: list[list[str]], alignment: str = " ---: |") -> str:
+def markdown_table(head: list[str], rows: list[list[str]]) -> str:
     """A table; its first column is aligned to the left, the others to the right."""
     lines = ["| " + " | ".join(row) + " |" for row in (head, *rows)]
-    return "\n".join([lines[0], "| --- |" + alignment * (len(head) - 1), *lines[1:]])
+    lines[0] = lines[0].replace("  |", " |")
+    return "\n".join([lines[0], "| --- |" + " ---: |" * (len(head) - 1), *lines[1:]])
 
 
 def printed_by(command: str) -> str:
@@ -130,18 +136,10 @@ def summary(config: dict[str, Any], dataset: str | None) -> str:
     if config.get("codebook_size"):
         latents += f", each vector of it one of {config['codebook_size']} codewords"
     kind, trained = TITLES.get(config["model_type"], "An autoencoder"), f", trained on `{dataset}`" if dataset else ""
-    text = (
-        f"{kind} (`{config['model_type']}`, network `{config['network']}`, {config['hidden_sizes']}) of {height}×{width} "
-        f"images with {config['num_channels']} channel(s){trained}. Its latents are {latents}. Made with hf_ae: every "
-        "autoencoder as a Hugging Face model."
-    )
-    if config.get("upsample") == "unpool":
-        text += (
-            "\n\nThe decoder also gets the positions of the maxima that the encoder's pooling kept (`pool_positions`): a "
-            "reconstruction uses more than the latents alone, so its error is not comparable with models that decode the "
-            "latents alone."
-        )
-    return text
+    about = f"{kind} (`{config['model_type']}`, network `{config['network']}`, {config['hidden_sizes']})"
+    images = f"{height}×{width} images with {config['num_channels']} channel(s)"
+    text = f"{about} of {images}{trained}. Its latents are {latents}. {MADE_WITH}"
+    return f"{text}\n\n{UNPOOLING}" if config.get("upsample") == "unpool" else text
 
 
 MODEL_USE = """## Use
@@ -171,8 +169,12 @@ data = compress(model, "image.png", quality=0.5)  # the bytes of an .hfae file; 
 image = decompress(data, model)
 ```
 
-On the command line: `hf-ae compress image.png -o image.hfae --model {name}` and `hf-ae decompress image.hfae -o
-image.png`"""
+On the command line:
+
+```
+hf-ae compress image.png -o image.hfae --model {name}
+hf-ae decompress image.hfae -o image.png
+```"""
 
 
 def rivals(metrics: dict[str, Any]) -> list[str]:
@@ -195,10 +197,11 @@ def rivals(metrics: dict[str, Any]) -> list[str]:
             parts.append(f"Bytes of a file at the same PSNR, image by image, means:\n\n{markdown_table(head, rows)}")
     if speed := metrics.get("speed"):
         low, high = speed["entropy_coding_overhead"]
+        times = f"encoded in {speed['encode_s']:.2f} s and decoded in {speed['decode_s']:.2f} s"
+        weights = f"{speed['decoder_values']:,} of the {speed['all_values']:,} weights"
         parts.append(
-            f"A {speed['picture']} photo is encoded in {speed['encode_s']:.2f} s and decoded in {speed['decode_s']:.2f} s "
-            f"with {speed['threads']} threads. Its symbols take {low:+.2%} to {high:+.2%} more bits than the model "
-            f"estimates. Decoding takes {speed['decoder_values']:,} of the {speed['all_values']:,} weights."
+            f"A {speed['picture']} photo is {times} with {speed['threads']} threads. Its symbols take {low:+.2%} to "
+            f"{high:+.2%} more bits than the model estimates. Decoding takes {weights}."
         )
     printed = "Printed by `benchmarks/rate_distortion.py` of the source repository."
     return ["## Against other formats", *parts, printed] if parts else []
@@ -217,10 +220,10 @@ def results(metrics: dict[str, Any]) -> str:
     parts = [f"On {metrics['images']:,} images of split `{metrics['split']}` of `{metrics['dataset']}`:"]
     parts += [markdown_table(["", *(METRIC_NAMES[c] for c in columns)], rows)] if rows else []
     if bound := metrics.get("likelihood"):
-        parts.append(
-            f"Log-likelihood under {bound['model']}: evidence lower bound {bound['elbo']:.2f} nats, importance-weighted bound "
-            f"{bound['log_likelihood_bound']:.2f} nats ({bound['samples']:,} samples, {bound['images']:,} images)."
-        )
+        lower = f"evidence lower bound {bound['elbo']:.2f} nats"
+        higher = f"importance-weighted bound {bound['log_likelihood_bound']:.2f} nats"
+        count = f"({bound['samples']:,} samples, {bound['images']:,} images)"
+        parts.append(f"Log-likelihood under {bound['model']}: {lower}, {higher} {count}.")
     for name, level in metrics.get("codes", {}).items():
         use = f"{level['usage']:.1%} of the codewords in use, perplexity {level['perplexity']:.1f}"
         parts.append(f"Codes, {name.replace('_', ' ')}: {level['codes']} an image, {use}.")
@@ -239,18 +242,16 @@ def results(metrics: dict[str, Any]) -> str:
 def generation(found: dict[str, Any]) -> list[str]:
     """Generated images beside real ones of the training split, in the same features."""
     network = "the feature network of hf_ae" if found["features"] == "hf_ae" else f"`{found['features']}`"
-    title = (
-        f"Generated images ({found['images']:,}, sampled from: {found['sampler']}), in features of {network}; figures in "
-        "other features, such as Inception's, cannot be compared:"
-    )
+    source = f"Generated images ({found['images']:,}, sampled from: {found['sampler']}), in features of {network}"
+    title = f"{source}; figures in other features, such as Inception's, cannot be compared:"
     sides = {"generated": found, "real, of the training split": found["floor"]}
     rows = [[name, *(f"{values[key]:.3g}" for key in GENERATION)] for name, values in sides.items()]
     text = f"{found['seconds_per_image'] * 1000:.3g} ms an image."
     if "asked_class" in found:
+        right, real = found["classification_accuracy"], found["floor"]["asked_class"]
         text += (
-            f" A classifier trained on generated images alone gets {found['classification_accuracy']:.1%} of the real ones "
-            f"right, one trained on real ones {found['floor']['asked_class']:.1%}; that one gives {found['asked_class']:.1%} "
-            "of the generated ones the class that was asked for."
+            f" A classifier trained on generated images alone gets {right:.1%} of the real ones right, one trained on "
+            f"real ones {real:.1%}; that one gives {found['asked_class']:.1%} of the generated ones the asked class."
         )
     return [title, markdown_table(["", *GENERATION.values()], rows), text, printed_by(found["command"])]
 
@@ -277,11 +278,10 @@ def pipeline_card(
     front = dict(
         library_name="diffusers", pipeline_tag="text-to-image", tags=["hf_ae", "text-to-image", "latent-diffusion"]
     )
-    summary = (
-        f"A latent-diffusion pipeline that draws images from prompts{f', trained on `{dataset}`' if dataset else ''}: a "
-        "U-Net turns noise into latents, guided by the text, and the decoder of an autoencoder turns the latents into an "
-        "image. Made with hf_ae: every autoencoder as a Hugging Face model."
-    )
+    trained = f", trained on `{dataset}`" if dataset else ""
+    about = f"A latent-diffusion pipeline that draws images from prompts{trained}"
+    how = "a U-Net turns noise into latents, guided by the text, and the decoder of an autoencoder turns these into an image"
+    summary = f"{about}: {how}. {MADE_WITH}"
     captions = FIGURES | {"samples.png": "Images drawn from prompts"}
     sections = [summary, *figures(folder, captions), PIPELINE_USE.format(name=name), component_table(folder)]
     if metrics:

@@ -6,6 +6,7 @@ import importlib
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import HfApi
 
@@ -127,7 +128,7 @@ def check_loads(folder: Path, library: str, class_name: str) -> None:
     from transformers import AutoModel
 
     try:
-        ours = AutoModel if library.startswith("modeling_hf_ae_") else pipeline_classes().get(class_name)
+        ours: Any = AutoModel if library.startswith("modeling_hf_ae_") else pipeline_classes().get(class_name)
         cls = ours or getattr(importlib.import_module(library), class_name)
         is_model = cls is AutoModel or issubclass(cls, torch.nn.Module)
         loaded = cls.from_pretrained(folder, **({"output_loading_info": True} if is_model else {}))

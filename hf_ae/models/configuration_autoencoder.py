@@ -158,19 +158,14 @@ class AutoencoderConfig(PreTrainedConfig):
         require(len(self.image_hw) == 2, f"image_size={self.image_size!r} must be one number or [height, width].")
 
     def _check_network(self) -> None:
-        require(
-            self.network != "mlp" or self.latent_channels is None,
-            "network='mlp' has no spatial code: write latent_dim, not latent_channels, or network='conv'.",
-        )
-        require(
-            self.network == "conv" or not (self.downsample or self.upsample),
-            f"downsample and upsample belong to network='conv', not {self.network!r}: leave them out, or write network='conv'.",
-        )
+        good, instead = self.network != "mlp" or self.latent_channels is None, "latent_dim, not latent_channels"
+        require(good, f"network='mlp' has no spatial code: write {instead}, or network='conv'.")
+        good, halving = self.network == "conv" or not (self.downsample or self.upsample), "downsample and upsample"
+        wrong = f"{halving} belong to network='conv', not {self.network!r}"
+        require(good, f"{wrong}: leave them out, or write network='conv'.")
         for name in ("num_res_blocks", "patch_size"):
-            require(
-                self.network in _RESIDUAL or getattr(self, name) is None,
-                f"{name} belongs to network='resnet', not {self.network!r}: leave it out, or write network='resnet'.",
-            )
+            good, instead = self.network in _RESIDUAL or getattr(self, name) is None, "leave it out, or write"
+            require(good, f"{name} belongs to network='resnet', not {self.network!r}: {instead} network='resnet'.")
         good = (self.patch_size or 1).bit_count() == 1
         require(good, f"patch_size={self.patch_size} must be a power of two: 1, 2, 4, 8.")
         good = self.network == "mlp" or bool(self.hidden_sizes)
@@ -185,8 +180,8 @@ class AutoencoderConfig(PreTrainedConfig):
         )
         require(
             height % factor == 0 and width % factor == 0,
-            f"image_size {height}×{width} does not divide by {factor} (hidden_sizes={self.hidden_sizes}{patches}): use multiples of "
-            f"{factor}, such as {low} or {high} high and {left} or {right} wide, or fewer hidden_sizes.",
+            f"image_size {height}×{width} does not divide by {factor} (hidden_sizes={self.hidden_sizes}{patches}): use "
+            f"multiples of {factor}, such as {low} or {high} high, {left} or {right} wide, or fewer hidden_sizes.",
         )
 
     @property

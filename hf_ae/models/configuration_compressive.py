@@ -33,7 +33,7 @@ class CompressiveAutoencoderConfig(AutoencoderConfig):
     """Channels inside the hyperprior's networks, and of the hyper-latents (1/4 of the height and width of the
     latents)."""
     reconstruction_loss: str = "mse"
-    """The distortion: `mse` (times 255²), `ms_ssim` (1 - MS-SSIM; images of at least 161 pixels), or `mse+ms_ssim`."""
+    """The distortion: `mse` (times 255²), `ms_ssim` (1 - MS-SSIM; images of at least 176 pixels), or `mse+ms_ssim`."""
     lambda_range: list[float] = field(default_factory=lambda: [0.0006, 0.03])
     """λ of the loss bits per pixel + λ·distortion, at quality 0 and at quality 1; its logarithm is linear between."""
     quality: float = 0.5
@@ -60,8 +60,8 @@ class CompressiveAutoencoderConfig(AutoencoderConfig):
         require(good, f"lambda_range={self.lambda_range} must be two rising positive numbers, such as [0.0006, 0.03].")
         require(0 <= self.quality <= 1, f"quality={self.quality} must lie between 0 and 1.")
         loss, size = self.reconstruction_loss, self.image_size
-        good = loss == "mse" or min(self.image_hw) >= 161
-        require(good, f"reconstruction_loss={loss!r} needs an image_size of at least 161, not {size}: write 'mse'.")
+        good = loss == "mse" or min(self.image_hw) >= 176
+        require(good, f"reconstruction_loss={loss!r} needs an image_size of at least 176, not {size}: write 'mse'.")
 
     def check_size(self, height: int, width: int) -> None:
         """Any size works: images are padded."""

@@ -113,10 +113,8 @@ class VAEGANConfig(VAEConfig):
         super().check()
         for name in ("reconstruction_weight", "feature_weight", "adversarial_weight", "adversarial_start"):
             require(getattr(self, name) >= 0, f"{name}={getattr(self, name)} must not be negative.")
-        require(
-            self.reconstruction_weight > 0 or self.feature_weight > 0,
-            "reconstruction_weight=0 leaves nothing that ties a reconstruction to its image: write feature_weight=0.01.",
-        )
+        tied, nothing = self.reconstruction_weight > 0 or self.feature_weight > 0, "leaves nothing that ties"
+        require(tied, f"reconstruction_weight=0 {nothing} a reconstruction to its image: write feature_weight=0.01.")
         channels = f"discriminator_channels={self.discriminator_channels}"
         good = bool(self.discriminator_channels) and min(self.discriminator_channels) >= 1
         require(good, f"{channels} must be positive whole numbers, such as [32, 64].")

@@ -11,12 +11,7 @@ LUMA = (0.299, 0.587, 0.114)
 
 
 def corrupt(
-    x: Tensor,
-    kind: str,
-    level: float,
-    low: float = 0.0,
-    high: float = 1.0,
-    generator: torch.Generator | None = None,
+    x: Tensor, kind: str, level: float, low: float = 0.0, high: float = 1.0, generator: torch.Generator | None = None
 ) -> Tensor:
     """Damage pixel values `x` (batch, channels, height, width) in [low, high]; the result has their shape and range.
 

@@ -17,9 +17,10 @@ Arguments = TypeVar("Arguments")
 SCHEDULES = (
     "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial", "inverse_sqrt"
 )  # fmt: skip
-MACHINE = (
-    "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "push_to_hub", "hub_model_id", "hub_private", "report_to"
-)  # fmt: skip
+MACHINE = {
+    "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "push_to_hub", "hub_model_id", "hub_private",
+    "report_to",
+}  # fmt: skip
 """Flags that are no part of a recipe: they differ from machine to machine."""
 
 

@@ -114,7 +114,8 @@ def differences(there: dict[str, Any], here: dict[str, Any]) -> str:
 def unpack_state(run: Run, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     """What `pack_state` packed, back where it belongs."""
     for i, (optimizer, groups) in enumerate(zip(run.optimizers, state["optimizers"])):
-        prefix, values = f"optimizer.{i}.", {}
+        prefix = f"optimizer.{i}."
+        values: dict[int, dict[str, Tensor]] = {}
         for name in (n for n in tensors if n.startswith(prefix)):
             index, key = name.removeprefix(prefix).split(".")
             values.setdefault(int(index), {})[key] = tensors[name]

@@ -39,8 +39,8 @@ def codebook_collapse(model: Any) -> dict[str, str]:
             if hasattr(quantizer, "codebook"):
                 advice += ", set revive_after=50, or raise commitment_weight if the term commitment keeps growing"
             found[f"usage_{level}" if len(quantizers) > 1 else "usage"] = (
-                f"only {round(usage * quantizer.size)} of {quantizer.size} codewords were used in the last 200 steps, so the "
-                f"codebook has collapsed: {advice} (--config_overrides)."
+                f"only {round(usage * quantizer.size)} of {quantizer.size} codewords were used in the last 200 steps, "
+                f"so the codebook has collapsed: {advice} (--config_overrides)."
             )
     return found
 
@@ -87,7 +87,7 @@ def discriminator_wins(config: Any, losses: dict[str, float]) -> str | None:
     if not started or discriminator > 0.02 or adversarial < saturated:
         return None
     return (
-        f"The discriminator wins: the term discriminator is {discriminator:.3g} and adversarial {adversarial:.3g}, so the "
-        "generator learns nothing from it. Lower --discriminator_learning_rate, or write fewer discriminator_channels in "
-        "--config_overrides."
+        f"The discriminator wins: the term discriminator is {discriminator:.3g} and adversarial {adversarial:.3g}, so "
+        "the generator learns nothing from it. Lower --discriminator_learning_rate, or write fewer "
+        "discriminator_channels in --config_overrides."
     )

@@ -44,8 +44,8 @@ def check_output_dir(folder: Path, overwrite: bool, resume: bool) -> None:
     require(not over, f"The run in {folder} is finished and has no checkpoint to go on from: {advice}.")
     require(
         not started or overwrite or resume,
-        f"The output folder {folder} holds an earlier run: continue it with --resume_from_checkpoint latest, replace it "
-        "with --overwrite_output_dir, or choose another --output_dir.",
+        f"The output folder {folder} holds an earlier run: continue it with --resume_from_checkpoint latest, replace "
+        "it with --overwrite_output_dir, or choose another --output_dir.",
     )
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -141,6 +141,6 @@ class Run:
     def end(self) -> None:
         """Close trackers and the process group."""
         self.model = self.bare_model
-        self.accelerator.free_memory()  # gloo can hang when the wrapper of several processes outlives the process group
+        self.accelerator.free_memory()  # gloo can hang when the wrapper of several processes outlives its group
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()

@@ -143,4 +143,5 @@ class Clock:
             return "Nothing was left to train."
         now = time.perf_counter()
         rate = (self.images - self.first[1]) / max(now - self.first[0], 1e-9)
-        return f"Trained on {self.images:,} images in {now - self.begun:.1f} s ({rate:,.0f} images/s after the first step)."
+        took = f"{now - self.begun:.1f} s ({rate:,.0f} images/s after the first step)"
+        return f"Trained on {self.images:,} images in {took}."
