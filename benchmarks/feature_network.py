@@ -3,8 +3,9 @@
     python benchmarks/feature_network.py [--epochs 6]
 
 Fashion-MNIST (classes 0 to 9) and the first 20,000 of MNIST (10 to 19), each picture moved by up to two pixels. Writes
-hf_ae/feature_network.safetensors in half precision; prints its SHA-256, to be noted in hf_ae/feature_network.py, and its
-accuracy on both test splits as it is stored. Five minutes on one core. Done once: new weights mean new figures everywhere.
+hf_ae/feature_network.safetensors in half precision; prints its SHA-256, to be noted in hf_ae/feature_network.py, and
+its accuracy on both test splits as it is stored. Five minutes on one core. Done once: new weights mean new figures
+everywhere.
 """
 
 import argparse
@@ -15,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 from hf_ae import AutoencoderConfig, AutoencoderImageProcessor
-from hf_ae.data.images import ImagesInMemory, image_column, open_dataset, to_pixel_values
+from hf_ae.data import ImagesInMemory, image_column, open_dataset, to_pixel_values
 from hf_ae.evaluation.feature_network import WEIGHTS, FeatureNetwork
 
 DATASETS = {"zalando-datasets/fashion_mnist": (0, 60_000), "ylecun/mnist": (10, 20_000)}
@@ -65,7 +66,13 @@ def main():
     pixels, labels = torch.cat([x[:n] for x, _, _, n in parts]), torch.cat([y[:n] + first for _, y, first, n in parts])
     network = FeatureNetwork()
     train(network, pixels, labels, args.epochs)
-    save_file({name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in network.state_dict().items()}, WEIGHTS)
+    save_file(
+        {
+            name: tensor.half() if tensor.is_floating_point() else tensor
+            for name, tensor in network.state_dict().items()
+        },
+        WEIGHTS,
+    )
     print(f"SHA256 = {hashlib.sha256(WEIGHTS.read_bytes()).hexdigest()!r}, {WEIGHTS.stat().st_size:,} bytes")
     network = FeatureNetwork().eval()
     network.load_state_dict(load_file(WEIGHTS))

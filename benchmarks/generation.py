@@ -1,14 +1,16 @@
-"""How good samples and reconstructions of hf_ae's and of pythae's models are: same network, images, epochs and feature network.
+"""How good samples and reconstructions of hf_ae's and of pythae's models are: same network, images, epochs and feature
+network.
 
-    python benchmarks/generation.py [--pythae PYTHON] [--epochs 4] [--images 60000] [--samples 5000] [--seeds 1] [-o FILE]
+    python benchmarks/generation.py [--pythae PYTHON] [--epochs 4] [--images 60000] [--samples 5000] [--seeds 1] [-o
+    FILE]
 
-Fashion-MNIST; encoder and decoder of two 4×4 convolutions a side (32 and 64 channels, SiLU), a code of 16 numbers, or for
-VQ-VAEs 7×7 indices of 512 vectors of 64 (VQ-VAE-2: 32, and 4×4 more above them); batch 128; for VAE-GANs the same discriminator.
-Weights of the loss are each library's defaults. pythae trains with Adam at 1e-3 (its default rate is 1e-4), hf_ae with
-`--optimizer muon` at 3e-3 and, but for codebooks, `--use_ema`. Priors over codes (pythae's PixelCNN, hf_ae's GPT-2 with classes)
-train for as many epochs again. FID, precision, recall and coverage against the test split, in features of the network that hf_ae
-ships. PYTHON is the interpreter of an environment with pythae 0.1.2 (`pip install torch==2.13.0 pythae`), which draws into files.
-Results are added to the file of -o.
+Fashion-MNIST; encoder and decoder of two 4×4 convolutions a side (32 and 64 channels, SiLU), a code of 16 numbers, or
+for VQ-VAEs 7×7 indices of 512 vectors of 64 (VQ-VAE-2: 32, and 4×4 more above them); batch 128; for VAE-GANs the same
+discriminator. Weights of the loss are each library's defaults. pythae trains with Adam at 1e-3 (its default rate is
+1e-4), hf_ae with `--optimizer muon` at 3e-3 and, but for codebooks, `--use_ema`. Priors over codes (pythae's PixelCNN,
+hf_ae's GPT-2 with classes) train for as many epochs again. FID, precision, recall and coverage against the test split,
+in features of the network that hf_ae ships. PYTHON is the interpreter of an environment with pythae 0.1.2 (`pip
+install torch==2.13.0 pythae`), which draws into files. Results are added to the file of -o.
 """
 
 from __future__ import annotations
@@ -44,7 +46,7 @@ THEIRS = {"VAE": ("prior", "mixture"), "VAE-GAN": ("prior",), "VQ-VAE": ("pixelc
 def load_images(split: str, limit: int) -> torch.Tensor:
     """uint8 (images, 1, 28, 28)."""
     from hf_ae import AutoencoderConfig, AutoencoderImageProcessor
-    from hf_ae.data.images import ImagesInMemory, image_column, open_dataset
+    from hf_ae.data import ImagesInMemory, image_column, open_dataset
 
     dataset = open_dataset(DATASET)[split]
     processor = AutoencoderImageProcessor.from_config(AutoencoderConfig())
@@ -56,9 +58,10 @@ def load_images(split: str, limit: int) -> torch.Tensor:
 
 def ours(kind: str, args, train_pixels, test, network, seed: int = 0) -> dict[str, dict]:
     """Rows of the table for one of our models."""
-    from hf_ae.evaluation.evaluate import load_model, reconstruct
-    from hf_ae.evaluation.generation import drawer_of, measure_generation
+    from hf_ae.evaluation.evaluate import reconstruct
+    from hf_ae.evaluation.generation import measure_generation, model_generator
     from hf_ae.latents.sampling import encode_all, fit
+    from hf_ae.loading import load_model
     from hf_ae.train import ImageTrainingArguments, train
     from hf_ae.train_prior import PriorArguments
     from hf_ae.train_prior import train as train_prior
@@ -71,7 +74,9 @@ def ours(kind: str, args, train_pixels, test, network, seed: int = 0) -> dict[st
         common["learning_rate"] = MUON_RATE
         vectors = not kind.startswith("VQ")  # codebooks are moving averages already
         train(
-            ImageTrainingArguments(**{**common, "use_ema": vectors}, output_dir=folder, model_type=model_type, config_overrides=overrides)
+            ImageTrainingArguments(
+                **{**common, "use_ema": vectors}, output_dir=folder, model_type=model_type, config_overrides=overrides
+            )
         )
         if kind == "VQ-VAE-2":
             common["learning_rate"] = PRIOR_RATE
@@ -86,7 +91,7 @@ def ours(kind: str, args, train_pixels, test, network, seed: int = 0) -> dict[st
         if kind == "VQ-VAE":
             found = {"note": "reconstruction alone: VQ-VAE-2 has the prior"}
         else:
-            found, _ = measure_generation(drawer_of(model, fitted), test, train_pixels.float() / 255, network)
+            found, _ = measure_generation(model_generator(model, fitted), test, train_pixels.float() / 255, network)
         rows[f"hf_ae {kind}" + (f", {sampler}" if sampler else "")] = {**about, **found}
     return rows
 
@@ -107,7 +112,14 @@ def encoder_layers(values: int | None) -> list[nn.Module]:
 def decoder_layers(vector: bool) -> list[nn.Module]:
     a, b = CHANNELS
     start = [nn.Linear(LATENT, b * 49), nn.Unflatten(1, (b, 7, 7))] if vector else [nn.Conv2d(64, b, 1)]
-    return [*start, nn.SiLU(), nn.ConvTranspose2d(b, a, 4, 2, 1), nn.SiLU(), nn.ConvTranspose2d(a, 1, 4, 2, 1), nn.Sigmoid()]
+    return [
+        *start,
+        nn.SiLU(),
+        nn.ConvTranspose2d(b, a, 4, 2, 1),
+        nn.SiLU(),
+        nn.ConvTranspose2d(a, 1, 4, 2, 1),
+        nn.Sigmoid(),
+    ]
 
 
 def pythae_model(kind: str):
@@ -207,13 +219,24 @@ def rebuild(model, x, kind: str):
 
 def theirs(kind: str, args, train_pixels, test, network, seed: int = 0) -> dict[str, dict]:
     """Rows of the table for one of pythae's models."""
-    from hf_ae.evaluation.generation import Drawer, measure_generation
+    from hf_ae.evaluation.generation import ImageGenerator, measure_generation
 
     with tempfile.TemporaryDirectory() as name:
         folder, rows = Path(name), {}
         np.save(folder / "train.npy", train_pixels.numpy())
         np.save(folder / "test.npy", (test * 255).round().byte().numpy())
-        command = [args.pythae, __file__, "--run", kind, "--folder", name, "--epochs", str(args.epochs), "--samples", str(len(test))]
+        command = [
+            args.pythae,
+            __file__,
+            "--run",
+            kind,
+            "--folder",
+            name,
+            "--epochs",
+            str(args.epochs),
+            "--samples",
+            str(len(test)),
+        ]
         command += ["--seed", str(seed)]
         environment = {**os.environ, "PYTHONPATH": args.pythae_path or os.environ.get("PYTHONPATH", "")}
         done = subprocess.run(command, capture_output=True, text=True, env=environment)
@@ -223,14 +246,26 @@ def theirs(kind: str, args, train_pixels, test, network, seed: int = 0) -> dict[
         about = json.loads((folder / "about.json").read_text())
     about["reconstruction_mse"] = (read["rebuilt"] - test).square().mean().item()
     for sampler in THEIRS[kind]:
-        drawer = Drawer(lambda n, labels=None, pictures=read[sampler]: pictures[:n], sampler)
-        found, _ = measure_generation(drawer, test, train_pixels.float() / 255, network)
+        generator = ImageGenerator(lambda n, labels=None, images=read[sampler]: images[:n], sampler)
+        found, _ = measure_generation(generator, test, train_pixels.float() / 255, network)
         found["seconds_per_image"] = about[f"{sampler}_s"]
-        rows[f"pythae {kind}, {sampler}"] = {k: v for k, v in about.items() if not k.endswith("_s") or k == "train_s"} | found
+        rows[f"pythae {kind}, {sampler}"] = {
+            k: v for k, v in about.items() if not k.endswith("_s") or k == "train_s"
+        } | found
     return rows
 
 
-COLUMNS = ("fid", "kid", "precision", "recall", "coverage", "reconstruction_mse", "seconds_per_image", "train_s", "parameters")
+COLUMNS = (
+    "fid",
+    "kid",
+    "precision",
+    "recall",
+    "coverage",
+    "reconstruction_mse",
+    "seconds_per_image",
+    "train_s",
+    "parameters",
+)
 
 
 def main():
@@ -276,7 +311,10 @@ def main():
         print(f"| {name} | " + " | ".join(cells) + " |" + (f" {row['note']}" if "note" in row else ""))
     for name, row in rows.items():
         if len(row.get("fid_of_seeds", [])) > 1:
-            print(f"{name}, FID of {len(row['fid_of_seeds'])} trainings: " + ", ".join(f"{fid:.3g}" for fid in row["fid_of_seeds"]))
+            print(
+                f"{name}, FID of {len(row['fid_of_seeds'])} trainings: "
+                + ", ".join(f"{fid:.3g}" for fid in row["fid_of_seeds"])
+            )
     floors = [row["floor"]["fid"] for row in rows.values() if "floor" in row]
     if floors:
         print(f"Real training pictures against the test split: FID {floors[0]:.3g}")

@@ -31,7 +31,9 @@ ENV = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "HF_H
 
 
 def start(processes: int, folder: Path, *flags: str) -> subprocess.Popen:
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] if processes > 1 else []
+    launch = (
+        ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] if processes > 1 else []
+    )
     command = [sys.executable, *launch, "-m", "hf_ae.train", *FLAGS, "--output_dir", str(folder), *flags]
     return subprocess.Popen(command, env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
@@ -41,7 +43,8 @@ def newest(folder: Path) -> int:
 
 
 def killed_run(processes: int, folder: Path, dice: random.Random) -> list[int]:
-    """Run, kill once at a random step of the first half and once of the second, resume to the end; returns the steps."""
+    """Run, kill once at a random step of the first half and once of the second, resume to the end; returns the
+    steps."""
     killed = []
     for low, high in ((1, 180), (200, 370)):
         aim = dice.randint(low, high)

@@ -2,11 +2,12 @@
 
     python benchmarks/rate_distortion.py [kodak|fashion|emoji|speed …] [--kodak FOLDER] [--pictures N]
 
-kodak: curves of PSNR and MS-SSIM (LPIPS too, where the package lpips is installed) over bits per pixel, BD-rates between 0.1
-and 1.0 bpp, a plot and the panel of a round trip. fashion, emoji: bytes at the same PSNR, picture by picture; a panel. speed:
-seconds to encode and to decode a Kodak picture, and how well symbols are coded. Sizes are those of whole files unless
-"stripped" stands beside them. Results are added to metrics.json of the model measured, after `hf-ae evaluate`. FOLDER is a
-dataset of the Kodak photos, outputs/emoji is made by model_cards/emoji-text-to-image/dataset.py.
+kodak: curves of PSNR and MS-SSIM (LPIPS too, where the package lpips is installed) over bits per pixel, BD-rates
+between 0.1 and 1.0 bpp, a plot and the panel of a round trip. fashion, emoji: bytes at the same PSNR, picture by
+picture; a panel. speed: seconds to encode and to decode a Kodak picture, and how well symbols are coded. Sizes are
+those of whole files unless "stripped" stands beside them. Results are added to metrics.json of the model measured,
+after `hf-ae evaluate`. FOLDER is a dataset of the Kodak photos, outputs/emoji is made by
+model_cards/emoji-text-to-image/dataset.py.
 """
 
 import argparse
@@ -24,9 +25,11 @@ from PIL import Image
 from scipy.interpolate import PchipInterpolator
 from torchmetrics.functional.image import multiscale_structural_similarity_index_measure as ms_ssim
 
-from hf_ae.codec.container import unpack
-from hf_ae.codec.compression import ENCODER_ONLY, compress, decompress, load_codec_model
-from hf_ae.data.images import image_column, open_dataset, pick_split
+from hf_ae.codec import compress, decompress, unpack
+from hf_ae.codec.compression import ENCODER_ONLY
+from hf_ae.data import image_column, open_dataset, pick_split
+from hf_ae.loading import load_autoencoder
+from hf_ae.metrics import psnr as psnr_of_error
 from hf_ae.models.image_processing import to_mode
 from hf_ae.pipelines.vae_roundtrip import VAERoundTripPipeline, encode_as
 
@@ -37,14 +40,40 @@ RIVALS = {
     "WebP": (0, 5, 10, 20, 30, 40, 50, 60, 70, 80, 85, 90, 95),
     "AVIF": (10, 20, 25, 30, 35, 40, 50, 60, 70, 80, 90),
 }
-VARIANTS: dict[str, list[dict]] = {"JPEG": [{}, {"subsampling": 0}], "WebP": [{}], "AVIF": [{}, {"subsampling": "4:4:4"}]}
+VARIANTS: dict[str, list[dict]] = {
+    "JPEG": [{}, {"subsampling": 0}],
+    "WebP": [{}],
+    "AVIF": [{}, {"subsampling": "4:4:4"}],
+}
 """Ways to encode a small picture, of which each rival takes the best."""
 PUBLISHED = {
-    "factorized prior": [(0.1226, 26.909), (0.1885, 28.218), (0.2878, 29.617), (0.4404, 31.277), (0.6481, 32.956), (0.9670, 35.381)],
-    "scale hyperprior": [(0.1313, 27.582), (0.2089, 29.197), (0.3199, 30.972), (0.4784, 32.838), (0.6687, 34.526), (0.9388, 36.743)],
-    "mean & scale": [(0.1239, 27.699), (0.1980, 29.359), (0.3072, 31.129), (0.4606, 32.951), (0.6617, 34.968), (0.9144, 36.911)],
+    "factorized prior": [
+        (0.1226, 26.909),
+        (0.1885, 28.218),
+        (0.2878, 29.617),
+        (0.4404, 31.277),
+        (0.6481, 32.956),
+        (0.9670, 35.381),
+    ],
+    "scale hyperprior": [
+        (0.1313, 27.582),
+        (0.2089, 29.197),
+        (0.3199, 30.972),
+        (0.4784, 32.838),
+        (0.6687, 34.526),
+        (0.9388, 36.743),
+    ],
+    "mean & scale": [
+        (0.1239, 27.699),
+        (0.1980, 29.359),
+        (0.3072, 31.129),
+        (0.4606, 32.951),
+        (0.6617, 34.968),
+        (0.9144, 36.911),
+    ],
 }
-"""(bpp, dB) on all 24 Kodak pictures, from CompressAI's tables (bmshj2018-factorized, bmshj2018-hyperprior, mbt2018-mean; MSE)."""
+"""(bpp, dB) on all 24 Kodak pictures, from CompressAI's tables (bmshj2018-factorized, bmshj2018-hyperprior,
+mbt2018-mean; MSE)."""
 
 
 def pictures(dataset: str, split: str, channels: int, most: int, size: int | None = None) -> list[Image.Image]:
@@ -55,16 +84,23 @@ def pictures(dataset: str, split: str, channels: int, most: int, size: int | Non
 
 
 def tensor(picture: Image.Image) -> torch.Tensor:
-    return torch.from_numpy(np.array(picture)).float().div(255).view(1, picture.height, picture.width, -1).permute(0, 3, 1, 2)
+    return (
+        torch.from_numpy(np.array(picture))
+        .float()
+        .div(255)
+        .view(1, picture.height, picture.width, -1)
+        .permute(0, 3, 1, 2)
+    )
 
 
 def psnr(x: Image.Image, y: Image.Image) -> float:
     error = np.square(np.asarray(x, float) - np.asarray(y.convert(x.mode), float)).mean()  # WebP has no gray mode
-    return float(10 * np.log10(255**2 / max(error, 1e-5)))
+    return psnr_of_error(torch.tensor(error / 255**2)).item()
 
 
 def stripped(data: bytes) -> int:
-    """Bytes of a file without its headers: scans of a JPEG, partitions of a WebP, media data of an AVIF, our payload."""
+    """Bytes of a file without its headers: scans of a JPEG, partitions of a WebP, media data of an AVIF, our
+    payload."""
     if data[:2] == b"\xff\xd8":
         at = 2
         while data[at + 1] != 0xDA:  # the start of the scan
@@ -103,15 +139,23 @@ def measure(originals, files, decode) -> dict:
     }
     if lpips := perceptual_metric():
         with torch.no_grad():
-            pairs = [lpips(tensor(x.convert("RGB")) * 2 - 1, tensor(y.convert("RGB")) * 2 - 1) for x, y in zip(originals, back)]
+            pairs = [
+                lpips(tensor(x.convert("RGB")) * 2 - 1, tensor(y.convert("RGB")) * 2 - 1)
+                for x, y in zip(originals, back)
+            ]
         result["lpips"] = statistics.mean(pair.item() for pair in pairs)
     if min(originals[0].size) > 160:
-        result["ms_ssim"] = statistics.mean(ms_ssim(tensor(y), tensor(x), data_range=1.0).item() for x, y in zip(originals, back))
+        result["ms_ssim"] = statistics.mean(
+            ms_ssim(tensor(y), tensor(x), data_range=1.0).item() for x, y in zip(originals, back)
+        )
     return result
 
 
-def bd_rate(ours: list[dict], theirs: list[dict], metric: str = "psnr", rate: str = "bpp", low: float = 0.1, high: float = 1.0) -> float:
-    """Mean difference of the rate at equal quality, in % (Bjøntegaard 2001), where both curves lie between `low` and `high` bpp."""
+def bd_rate(
+    ours: list[dict], theirs: list[dict], metric: str = "psnr", rate: str = "bpp", low: float = 0.1, high: float = 1.0
+) -> float:
+    """Mean difference of the rate at equal quality, in % (Bjøntegaard 2001), where both curves lie between `low` and
+    `high` bpp."""
 
     def curve(points):
         points = sorted({round(p[metric], 9): p[rate] for p in points}.items())
@@ -142,7 +186,7 @@ def of_file(data: bytes) -> Image.Image:
 
 def kodak(args) -> dict:
     """Curves and BD-rates of photo-compressive."""
-    model = load_codec_model(str(CARDS / "photo-compressive"))
+    model = load_autoencoder(str(CARDS / "photo-compressive"))
     originals = pictures(args.kodak, "test", 3, args.pictures or 24)
     ours = []
     for quality in QUALITIES:
@@ -151,7 +195,9 @@ def kodak(args) -> dict:
         print(f"  quality {quality:.3f}: {json.dumps(ours[-1])}", flush=True)
     curves = {"hf_ae": ours}
     for name, settings in RIVALS.items():
-        curves[name] = [measure(originals, [encode_as(p, name, quality) for p in originals], of_file) for quality in settings]
+        curves[name] = [
+            measure(originals, [encode_as(p, name, quality) for p in originals], of_file) for quality in settings
+        ]
     result = {"pictures": len(originals)}
     for name in RIVALS:
         result[f"bd_rate_psnr_{name}"] = bd_rate(ours, curves[name])
@@ -192,7 +238,8 @@ def panel(model, picture: Image.Image, quality: float, name: str):
 
 
 def equal_psnr(model, originals: list[Image.Image], quality: float) -> dict:
-    """Bytes of our files beside those of each rival at the least quality that is as near to the original; means over pictures.
+    """Bytes of our files beside those of each rival at the least quality that is as near to the original; means over
+    pictures.
 
     A rival that does not come as near to a picture at any quality is left out for it.
     """
@@ -212,8 +259,8 @@ def equal_psnr(model, originals: list[Image.Image], quality: float) -> dict:
 
 
 def smallest_file(picture: Image.Image, name: str, least: float) -> bytes | None:
-    """The smallest file that reaches a PSNR, with chroma at half and at full resolution, of WebP also without loss; None where
-    none does."""
+    """The smallest file that reaches a PSNR, with chroma at half and at full resolution, of WebP also without loss;
+    None where none does."""
     files = [lowest_quality(picture, name, least, options) for options in VARIANTS[name]]
     if name == "WebP":
         files.append(encode_as(picture, name, 100, lossless=True))
@@ -236,7 +283,7 @@ def lowest_quality(picture: Image.Image, name: str, least: float, options: dict)
 def fashion(args) -> dict:
     """Fashion-MNIST test pictures."""
     originals = pictures(args.fashion, "test", 1, args.pictures or 300)
-    model = load_codec_model(str(CARDS / "fashion-compressive"))
+    model = load_autoencoder(str(CARDS / "fashion-compressive"))
     panel(model, originals[0], 0.5, "fashion")
     return {f"quality_{q}": equal_psnr(model, originals, q) for q in (0, 0.25, 0.5, 0.75)}
 
@@ -244,15 +291,15 @@ def fashion(args) -> dict:
 def emoji(args) -> dict:
     """Held-out emoji of 64×64 pixels."""
     originals = pictures(args.emoji, "test", 3, args.pictures or 165, 64)
-    model = load_codec_model(str(CARDS / "emoji-compressive"))
+    model = load_autoencoder(str(CARDS / "emoji-compressive"))
     panel(model, originals[2], 0.5, "emoji")
     return {f"quality_{q}": equal_psnr(model, originals, q) for q in (0, 0.25, 0.5, 0.75)}
 
 
 def speed(args) -> dict:
-    """Median seconds for one Kodak picture after loading, the bits written beside the model's own estimate, and the size of what
-    decoding needs."""
-    model = load_codec_model(str(CARDS / "photo-compressive"))
+    """Median seconds for one Kodak picture after loading, the bits written beside the model's own estimate, and the
+    size of what decoding needs."""
+    model = load_autoencoder(str(CARDS / "photo-compressive"))
     picture = pictures(args.kodak, "test", 3, 1)[0]
     encoding, decoding = [], []
     for round_ in range(8):
@@ -274,7 +321,8 @@ def speed(args) -> dict:
 
 
 def bits_written(model, picture: Image.Image, quality: float) -> float:
-    """Bits of the symbols in a file, as a share of what the model estimates for them, window by window as the codec works."""
+    """Bits of the symbols in a file, as a share of what the model estimates for them, window by window as the codec
+    works."""
     code_of, estimates = model.quantize, []
 
     def watched(code, level):
@@ -290,7 +338,12 @@ def bits_written(model, picture: Image.Image, quality: float) -> float:
     return 8 * (len(body) - 1) / sum(estimates)
 
 
-PARTS = {"kodak": (kodak, "photo"), "fashion": (fashion, "fashion"), "emoji": (emoji, "emoji"), "speed": (speed, "photo")}
+PARTS = {
+    "kodak": (kodak, "photo"),
+    "fashion": (fashion, "fashion"),
+    "emoji": (emoji, "emoji"),
+    "speed": (speed, "photo"),
+}
 
 
 def main():

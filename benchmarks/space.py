@@ -41,22 +41,18 @@ DRAW = """() => new Promise((done, fail) => {
     const start = performance.now(), told = document.querySelector('#draw-status');
     let preview = null, running = false;
     const look = () => {
-        running ||= told.innerText.includes('Step');
-        if (running && preview !== null && told.innerText.includes('Drawn')) done([preview, performance.now() - start]);
-    };
-    document.querySelector('#pictures').addEventListener('load', () => { preview ??= performance.now() - start; look(); }, true);
-    new MutationObserver(look).observe(told, {subtree: true, childList: true, characterData: true});
-    setTimeout(() => fail('no picture in a minute'), 60000);
-    document.querySelector('#draw').click();
+        running ||= told.innerText.includes('Step'); if (running && preview !== null &&
+        told.innerText.includes('Drawn')) done([preview, performance.now() - start]);
+    }; document.querySelector('#pictures').addEventListener('load', () => { preview ??= performance.now() - start;
+    look(); }, true); new MutationObserver(look).observe(told, {subtree: true, childList: true, characterData: true});
+    setTimeout(() => fail('no picture in a minute'), 60000); document.querySelector('#draw').click();
 })"""
 """Click on Draw -> milliseconds to the first preview on the screen, and to the finished picture."""
-MOVE = """([slider, target, share]) => new Promise((done, fail) => {
-    const range = document.querySelector(`#${slider} input[type=range]`), start = performance.now();
-    document.querySelector(`#${target}`).addEventListener('load', () => done(performance.now() - start), {capture: true, once: true});
-    const value = Number(range.min) + share * (range.max - range.min);
-    Object.getOwnPropertyDescriptor(HTMLInputElement.prototype, 'value').set.call(range, value);
-    range.dispatchEvent(new Event('input', {bubbles: true}));
-    setTimeout(() => fail('no picture in a minute'), 60000);
+MOVE = """([slider, target, share]) => new Promise((done, fail) => { const range = document.querySelector(`#${slider}
+    input[type=range]`), start = performance.now(); document.querySelector(`#${target}`).addEventListener('load', () =>
+    done(performance.now() - start), {capture: true, once: true}); const value = Number(range.min) + share * (range.max
+    - range.min); Object.getOwnPropertyDescriptor(HTMLInputElement.prototype, 'value').set.call(range, value);
+    range.dispatchEvent(new Event('input', {bubbles: true})); setTimeout(() => fail('no picture in a minute'), 60000);
 })"""
 """Move a slider -> milliseconds to the redrawn picture."""
 
@@ -68,7 +64,9 @@ def make_space():
         port = listener.getsockname()[1]
     env = {**os.environ, "GRADIO_SERVER_PORT": str(port), "GRADIO_SERVER_NAME": "127.0.0.1"}
     with tempfile.TemporaryFile() as log:
-        process = subprocess.Popen(["make", "--silent", "space"], cwd=ROOT, env=env, stdout=log, stderr=log, start_new_session=True)
+        process = subprocess.Popen(
+            ["make", "--silent", "space"], cwd=ROOT, env=env, stdout=log, stderr=log, start_new_session=True
+        )
         try:
             yield f"http://127.0.0.1:{port}", process
         finally:
@@ -92,7 +90,10 @@ def line(name: str, times: list[float], most: float):
     """One row of the result; times in seconds."""
     middle = statistics.median(times)
     verdict = "ok" if middle <= most else "too slow"
-    print(f"{name:36} median {middle:6.3f} s   {min(times):.3f} to {max(times):.3f}   at most {most:g} s: {verdict}", flush=True)
+    print(
+        f"{name:36} median {middle:6.3f} s   {min(times):.3f} to {max(times):.3f}   at most {most:g} s: {verdict}",
+        flush=True,
+    )
 
 
 # In the browser
@@ -101,7 +102,11 @@ def line(name: str, times: list[float], most: float):
 def in_browser(runs: int):
     from playwright.sync_api import sync_playwright
 
-    chromium = os.environ.get("CHROMIUM") or shutil.which("chromium") or sys.exit("Chromium is needed: apt-get install chromium.")
+    chromium = (
+        os.environ.get("CHROMIUM")
+        or shutil.which("chromium")
+        or sys.exit("Chromium is needed: apt-get install chromium.")
+    )
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
         visible = []
@@ -174,7 +179,9 @@ def under_load(requests: int):
 
         first = Client(url, verbose=False)
         file = first.predict(handle_file(str(EXAMPLES / "owl.png")), "Emoji", api_name="/round_trip")[2]
-        calls = [(name, {"file": handle_file(file)} if name == "open_file" else options) for name, options in actions()]
+        calls = [
+            (name, {"file": handle_file(file)} if name == "open_file" else options) for name, options in actions()
+        ]
         for name, options in calls:  # everything loaded
             first.predict(api_name=f"/{name}", **options)
         server = max(psutil.Process(process.pid).children(recursive=True), key=lambda p: p.memory_info().rss)
@@ -227,7 +234,11 @@ def leave(url: str, client, drawings: int = 6):
     alone = time.perf_counter() - started
     index = next(d["id"] for d in client.config["dependencies"] if d.get("api_name") == "draw")
     for number in range(drawings):
-        body = {"data": ["rocket", number, 50, 2.0, "DPM-Solver++", 6, None, 0.6], "fn_index": index, "session_hash": f"gone{number}"}
+        body = {
+            "data": ["rocket", number, 50, 2.0, "DPM-Solver++", 6, None, 0.6],
+            "fn_index": index,
+            "session_hash": f"gone{number}",
+        }
         connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=60)
         connection.request("POST", "/gradio_api/queue/join", json.dumps(body), {"Content-Type": "application/json"})
         connection.getresponse().read()

@@ -4,14 +4,16 @@
     python benchmarks/text_to_image.py [alignment|keywords|from_scratch|distance|diversity|sheet|speed|few_steps …]
         [--model model_cards/emoji-text-to-image] [--dataset outputs/emoji]
 
-The dataset is made by model_cards/emoji-text-to-image/dataset.py. Pictures are compared in features of EfficientNet-Lite0
-(ImageNet weights, from a Python package): it had no part in the training. Results are added to MODEL/metrics.json.
+The dataset is made by model_cards/emoji-text-to-image/dataset.py. Pictures are compared in features of
+EfficientNet-Lite0 (ImageNet weights, from a Python package): it had no part in the training. Results are added to
+MODEL/metrics.json.
 """
 
 import argparse
 import json
 import random
 import statistics
+import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -20,12 +22,12 @@ import datasets
 import torch
 from torch.nn import functional as F
 
-from hf_ae.diffusion.captions import Captions, tokenize
-from hf_ae.data.images import open_dataset
-from hf_ae.diffusion.drawing import load_pipeline
+from hf_ae.data import open_dataset
+from hf_ae.diffusion.captions import Captions
+from hf_ae.diffusion.text_encoders import make_prior, new_text_encoder, text_vectors, tokenize
+from hf_ae.loading import DEFAULT_PIPELINE, load_pipeline
 from hf_ae.models.image_processing import to_mode
 from hf_ae.plots import image_grid
-from hf_ae.diffusion.text_encoders import align_text_encoder, make_prior, text_encoder_from_scratch, text_vectors
 
 BATCH = 25
 
@@ -82,20 +84,28 @@ def sample(emoji: Emoji, count: int = 500) -> list[int]:
 
 
 def alignment(pipe, emoji, features, **options) -> dict:
-    """Share of 500 emoji whose picture, drawn from the name, is nearest to the real one of that name, among all emoji."""
+    """Share of 500 emoji whose picture, drawn from the name, is nearest to the real one of that name, among all
+    emoji."""
     rows, real = sample(emoji), emoji.features
     ranked = (features(draw(pipe, [emoji.names[i] for i in rows], **options)) @ real.T).topk(5).indices
     hits = ranked == torch.tensor(rows)[:, None]
-    through = torch.cat([pipe.vae(x * 2 - 1).reconstruction for x in emoji.pictures[rows].split(BATCH)]) if not options else None
+    through = (
+        torch.cat([pipe.vae(x * 2 - 1).reconstruction for x in emoji.pictures[rows].split(BATCH)])
+        if not options
+        else None
+    )
     result = {"top1": hits[:, 0].float().mean().item(), "top5": hits.any(1).float().mean().item()}
     if through is not None:  # what the autoencoder alone leaves possible
-        result["top1_of_reconstructions"] = ((features((through + 1) / 2) @ real.T).argmax(1) == torch.tensor(rows)).float().mean().item()
+        result["top1_of_reconstructions"] = (
+            ((features((through + 1) / 2) @ real.T).argmax(1) == torch.tensor(rows)).float().mean().item()
+        )
         result["failed"] = [emoji.names[row] for row, hit in zip(rows, hits.any(1)) if not hit]
     return result
 
 
 def keywords(pipe, emoji, features, **options) -> dict:
-    """Share of the keywords that were no training caption, for which an emoji of that keyword is among the five nearest.
+    """Share of the keywords that were no training caption, for which an emoji of that keyword is among the five
+    nearest.
 
     The lists of keywords leave out the words of an emoji's own name: `top5_with_names` counts emoji named so, too.
     """
@@ -103,9 +113,17 @@ def keywords(pipe, emoji, features, **options) -> dict:
     words = sorted(carriers)
     ranked = (features(draw(pipe, words, **options)) @ emoji.features.T).topk(5).indices.tolist()
     hits = [bool(carriers[word] & set(row)) for word, row in zip(words, ranked)]
-    named = [hit or any(word.lower() in emoji.names[i].lower().split() for i in row) for hit, word, row in zip(hits, words, ranked)]
+    named = [
+        hit or any(word.lower() in emoji.names[i].lower().split() for i in row)
+        for hit, word, row in zip(hits, words, ranked)
+    ]
     chosen = {} if pipe.prior is None else choices(pipe.prior, pipe.text_encoder, pipe.tokenizer, emoji)
-    return {"top5": sum(hits) / len(words), "top5_with_names": sum(named) / len(words), "keywords": len(words), **chosen}
+    return {
+        "top5": sum(hits) / len(words),
+        "top5_with_names": sum(named) / len(words),
+        "keywords": len(words),
+        **chosen,
+    }
 
 
 def carriers_of_keywords(emoji: Emoji) -> dict[str, set[int]]:
@@ -126,14 +144,21 @@ def choices(prior, text_encoder, tokenizer, emoji) -> dict:
     near = (emoji.features[chosen] @ emoji.features.T).topk(5).indices.tolist()
     return {
         "top1_of_captions": statistics.mean(row in carriers[word] for word, row in zip(sorted(carriers), chosen)),
-        "top5_of_real_pictures": statistics.mean(bool(carriers[word] & set(row)) for word, row in zip(sorted(carriers), near)),
+        "top5_of_real_pictures": statistics.mean(
+            bool(carriers[word] & set(row)) for word, row in zip(sorted(carriers), near)
+        ),
     }
 
 
 def from_scratch(pipe, emoji, features, epochs: int = 30) -> dict:
     """The same choices by a small text encoder that starts from random weights and learns from the captions alone."""
-    captions = Captions(datasets.Dataset.from_dict({"text": emoji.names, "keywords": emoji.keywords}), ["text", "text", "keywords"])
-    tokenizer, text_encoder = text_encoder_from_scratch(captions.texts, {}, 20, seed=0)
+    sys.path.insert(0, str(DEFAULT_PIPELINE))
+    from align_text_encoder import align_text_encoder
+
+    captions = Captions(
+        datasets.Dataset.from_dict({"text": emoji.names, "keywords": emoji.keywords}), ["text", "text", "keywords"]
+    )
+    tokenizer, text_encoder = new_text_encoder(captions.texts, {}, 20, seed=0)
     with torch.no_grad():
         latents = torch.cat([pipe.vae.encode(x * 2 - 1).latent_dist.mode() for x in emoji.pictures.split(BATCH)])
     align_text_encoder(text_encoder, tokenizer, captions, latents * pipe.vae.config.scaling_factor, epochs, seed=0)
@@ -176,17 +201,18 @@ def diversity(pipe, emoji, features) -> dict:
     drawn = torch.stack([features(draw(pipe, prompts, seed)) for seed in range(8)])
     pairs = [(1 - (drawn[i] * drawn[j]).sum(1)).mean().item() for i in range(8) for j in range(i)]
     apart = 1 - drawn[0] @ drawn[0].T
-    return {"one_prompt": statistics.mean(pairs), "different_prompts": (apart.sum() / (len(apart) * (len(apart) - 1))).item()}
+    return {
+        "one_prompt": statistics.mean(pairs),
+        "different_prompts": (apart.sum() / (len(apart) * (len(apart) - 1))).item(),
+    }
 
 
 PROMPTS = """a slice of pizza|red heart|cat face with heart eyes|rocket|birthday cake|thumbs up|crying face|sunflower
-christmas tree|dog|guitar|soccer ball|umbrella with rain|full moon|airplane|ghost
-coffee|octopus|strawberry|police car|clown|robot|fire|rainbow
-snowman|unicorn|hamburger|banana|house with a garden|alarm clock|key|crown
-angry|in love|sleepy|party|money|cold|vacation|scared
-kitten|puppy|automobile|ocean|cash|beverage|sweets|storm
-something to write with|king of the jungle|I am so happy|good night|feeling sick|time to eat|let's dance|go team
-spicy food|summer at the beach|a fast vehicle|a sea animal|halloween|a musical instrument|a green vegetable|a royal person"""
+christmas tree|dog|guitar|soccer ball|umbrella with rain|full moon|airplane|ghost coffee|octopus|strawberry|police
+car|clown|robot|fire|rainbow snowman|unicorn|hamburger|banana|house with a garden|alarm clock|key|crown angry|in
+love|sleepy|party|money|cold|vacation|scared kitten|puppy|automobile|ocean|cash|beverage|sweets|storm something to
+write with|king of the jungle|I am so happy|good night|feeling sick|time to eat|let's dance|go team spicy food|summer
+at the beach|a fast vehicle|a sea animal|halloween|a musical instrument|a green vegetable|a royal person"""
 
 
 def sheet(pipe, emoji, features) -> dict:
@@ -214,7 +240,9 @@ def speed(pipe, emoji, features, rounds: int = 15) -> dict:
     load_pipeline(str(pipe.config._name_or_path))
     loading = time.perf_counter() - started
     parts = {name: getattr(pipe, name) for name in ("vae", "text_encoder", "tokenizer", "unet", "scheduler")}
-    stock = StableDiffusionPipeline(**parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+    stock = StableDiffusionPipeline(
+        **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
+    )
     for each in (pipe, stock):
         each.set_progress_bar_config(disable=True)
     steps, scale = pipe.config.default_num_inference_steps, pipe.config.default_guidance_scale
@@ -224,7 +252,9 @@ def speed(pipe, emoji, features, rounds: int = 15) -> dict:
         pipe(next(prompts), seed=0, num_inference_steps=steps, guidance_scale=scale)
 
     def theirs():
-        stock(next(prompts), generator=torch.Generator().manual_seed(0), num_inference_steps=steps, guidance_scale=scale)
+        stock(
+            next(prompts), generator=torch.Generator().manual_seed(0), num_inference_steps=steps, guidance_scale=scale
+        )
 
     timed(ours, 2), timed(theirs, 2)
     pairs = [(timed(ours, 1)[0], timed(theirs, 1)[0]) for _ in range(rounds)]
@@ -236,7 +266,8 @@ def speed(pipe, emoji, features, rounds: int = 15) -> dict:
 
 
 def few_steps(pipe, emoji, features, rounds: int = 5) -> dict:
-    """The default settings beside 50 steps of DDIM with guidance throughout: time of a picture and alignment of each."""
+    """The default settings beside 50 steps of DDIM with guidance throughout: time of a picture and alignment of
+    each."""
     from diffusers import DDIMScheduler
 
     fast = pipe.scheduler

@@ -2,12 +2,11 @@
 
     python benchmarks/training_throughput.py MNIST_FOLDER [--rounds 5] [--pythae PYTHON]
 
-The network is 784-512-16-512-784, batch 128, Adam, five epochs of 20,000 images held in memory, evaluation and tracking
-off. hf_ae is measured through its training script, its loop after the first step (what "Trained on …" says), the bare loop
-likewise (torch.compile works in the first step).
-PYTHON is the interpreter of an environment with pythae (`pip install torch==2.13.0 pythae pyarrow pillow`), timed by a
-callback from the end of its first step to the end of its last epoch. Prints each round, and of the ratios within a round
-the median and the range.
+The network is 784-512-16-512-784, batch 128, Adam, five epochs of 20,000 images held in memory, evaluation and
+tracking off. hf_ae is measured through its training script, its loop after the first step (what "Trained on …" says),
+the bare loop likewise (torch.compile works in the first step). PYTHON is the interpreter of an environment with pythae
+(`pip install torch==2.13.0 pythae pyarrow pillow`), timed by a callback from the end of its first step to the end of
+its last epoch. Prints each round, and of the ratios within a round the median and the range.
 """
 
 from __future__ import annotations
@@ -128,7 +127,11 @@ def main():
     parser.add_argument("--only", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.only:
-        print(pythae(args.folder) if args.only == "pythae" else bare(args.folder, "bf16" in args.only, "compiled" in args.only))
+        print(
+            pythae(args.folder)
+            if args.only == "pythae"
+            else bare(args.folder, "bf16" in args.only, "compiled" in args.only)
+        )
         return
     runs = {
         "hf_ae": lambda: ours(args.folder, "no", False),
@@ -144,7 +147,9 @@ def main():
         for name, run in runs.items():
             results[name].append(run())
         print(
-            f"round {number + 1}: " + ", ".join(f"{name} {rates[-1]:,.0f}" for name, rates in results.items()) + " images/s",
+            f"round {number + 1}: "
+            + ", ".join(f"{name} {rates[-1]:,.0f}" for name, rates in results.items())
+            + " images/s",
             flush=True,
         )
     pairs = [

@@ -26,7 +26,7 @@ from .models.modeling_vae import BetaVAEModel, VAEModel
 from .models.modeling_vaegan import DiscriminatorModel, VAEGANModel
 from .models.modeling_vqvae import VQVAE2Model, VQVAEModel
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 MODELS: dict[str, type[AutoencoderModel]] = {
     model.config_class.model_type: model

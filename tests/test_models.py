@@ -52,7 +52,7 @@ def test_encode_then_decode_is_forward_and_eval_is_deterministic(name):
         torch.testing.assert_close(decoded, output.reconstruction)
         torch.testing.assert_close(encoded.latents, output.latents, rtol=0, atol=0)
         torch.testing.assert_close(model(x).loss, output.loss, rtol=0, atol=0)
-    assert list(encoded.latents.shape[1:]) == model.config.code_shape
+    assert list(encoded.latents.shape[1:]) == model.config.latent_shape == model.config.code_shape
     low, high = model.config.pixel_range
     if low == 0:
         assert low <= decoded.min() and decoded.max() <= high
@@ -192,7 +192,7 @@ def test_unpooling_without_positions_uses_the_upper_left_corner():
 def test_stored_half_precision_loads_as_float32(tmp_path):
     from transformers import AutoModel
 
-    from hf_ae.training.run import save_model
+    from hf_ae.training.checkpoints import save_model
 
     model = make("vae-mlp").eval()
     save_model(model, tmp_path, "float16")
@@ -204,7 +204,7 @@ def test_stored_half_precision_loads_as_float32(tmp_path):
 
 
 def test_tiles_blend_without_seams_and_slicing_changes_nothing():
-    """A model of one 1×1 position sees no neighbours, so tiles must give exactly the whole picture."""
+    """A model of one 1×1 position sees no neighbours, so tiles must give exactly the whole image."""
     from hf_ae.models.tiling import tiled
 
     x = torch.rand(2, 3, 52, 70)
@@ -225,8 +225,8 @@ def test_vae_tiling_covers_large_images_and_slicing_is_exact():
         torch.testing.assert_close(model.encode(large).latents, whole, rtol=1e-4, atol=1e-5)
         model.enable_tiling(32)
         tiles = model.encode(large).latents
-        picture = model.decode(tiles).sample
-    assert tiles.shape == whole.shape and picture.shape == large.shape
+        image = model.decode(tiles).sample
+    assert tiles.shape == whole.shape and image.shape == large.shape
     with pytest.raises(ValueError, match="spatial code"):
         make("vae-mlp").enable_tiling()
 

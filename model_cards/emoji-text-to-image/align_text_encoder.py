@@ -1,8 +1,9 @@
 """The text encoder of this pipeline: `python align_text_encoder.py TEXT_MODEL VAE DATASET OUTPUT [--epochs 8]`.
 
-TEXT_MODEL (a folder or Hub id, here sentence-transformers/all-MiniLM-L6-v2) is fine-tuned on the captions of DATASET, so that
-captions of one image lie together, apart from those of others, and say what the image looks like in the latent space of VAE.
-Then its matrices are rounded to float8, which stores them in a quarter of the bytes. OUTPUT is what recipe.yaml names.
+TEXT_MODEL (a folder or Hub id, here sentence-transformers/all-MiniLM-L6-v2) is fine-tuned on the captions of DATASET,
+so that captions of one image lie together, apart from those of others, and say what the image looks like in the latent
+space of VAE. Then its matrices are rounded to float8, which stores them in a quarter of the bytes. OUTPUT is what
+recipe.yaml names.
 """
 
 import argparse
@@ -37,8 +38,8 @@ class Alignment(nn.Module):
     def forward(self, tokens: dict, targets: torch.Tensor, latents: torch.Tensor):
         """targets: (texts, images), rows sum to 1. latents: (texts, values).
 
-        contrast: cross-entropy of a caption's images under the cosine similarities of texts and images, as in CLIP (Radford et
-        al. 2021). unexplained: the squared error of the latents as a linear function of the text.
+        contrast: cross-entropy of a caption's images under the cosine similarities of texts and images, as in CLIP
+        (Radford et al. 2021). unexplained: the squared error of the latents as a linear function of the text.
         """
         vectors = mean_states(self.text_encoder, tokens)
         similarity = F.normalize(vectors, dim=1) @ F.normalize(self.images.weight, dim=1).T
@@ -46,9 +47,11 @@ class Alignment(nn.Module):
         return contrast, (self.to_latents(vectors) - latents).square().mean()
 
 
-def align_text_encoder(text_encoder, tokenizer, captions: Captions, latents: torch.Tensor, epochs: int, seed: int, log=print):
-    """Fine-tune `text_encoder` in place. Unlike images and captions of CLIP, the images are few and known: each gets a vector,
-    that starts as the mean of its captions'."""
+def align_text_encoder(
+    text_encoder, tokenizer, captions: Captions, latents: torch.Tensor, epochs: int, seed: int, log=print
+):
+    """Fine-tune `text_encoder` in place. Unlike images and captions of CLIP, the images are few and known: each gets a
+    vector, that starts as the mean of its captions'."""
     device = next(text_encoder.parameters()).device
     generator = random.Random(seed)
     torch.manual_seed(seed)
@@ -62,7 +65,9 @@ def align_text_encoder(text_encoder, tokenizer, captions: Captions, latents: tor
     model = Alignment(text_encoder, first_vectors(text_encoder, tokens, captions), flat.shape[1]).to(device)
     text_encoder.requires_grad_(True).train()
     if hasattr(text_encoder, "set_attn_implementation"):
-        text_encoder.set_attn_implementation("eager")  # torch's fused attention has a slow backward pass in bf16 on a CPU
+        text_encoder.set_attn_implementation(
+            "eager"
+        )  # torch's fused attention has a slow backward pass in bf16 on a CPU
     steps = max(1, len(images_of) * epochs // BATCH)
     rest = [*model.images.parameters(), *model.to_latents.parameters()]
     optimizer = torch.optim.AdamW([{"params": text_encoder.parameters(), "lr": 1e-4}, {"params": rest, "lr": 1e-3}])

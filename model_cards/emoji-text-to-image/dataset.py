@@ -1,8 +1,9 @@
 """Prepare the emoji dataset: `python dataset.py NOTO_EMOJI OUTPUT`.
 
-NOTO_EMOJI is a dataset with the columns image, text (the name), keywords, emoji and skin_tone. OUTPUT becomes a dataset of
-the emoji without a skin tone, with the splits `train` and `test` (every tenth: an autoencoder for them does not train on
-these), where a tenth of all keywords is moved into `held_out_keywords`: no caption of a training holds them.
+NOTO_EMOJI is a dataset with the columns image, text (the name), keywords, emoji and skin_tone. OUTPUT becomes a
+dataset of the emoji without a skin tone, with the splits `train` and `test` (every tenth: an autoencoder for them does
+not train on these), where a tenth of all keywords is moved into `held_out_keywords`: no caption of a training holds
+them.
 """
 
 import random
@@ -20,14 +21,19 @@ def main(source: str, output: Path):
 
     def split_keywords(row):
         others = [word for word in row["keywords"] if word.lower() != row["text"].lower()]
-        return {"keywords": [w for w in others if w not in held_out], "held_out_keywords": [w for w in others if w in held_out]}
+        return {
+            "keywords": [w for w in others if w not in held_out],
+            "held_out_keywords": [w for w in others if w in held_out],
+        }
 
     emoji = emoji.map(split_keywords).remove_columns(["codepoints", "skin_tone"])
     tenth = set(range(0, len(emoji), 10))
     output.mkdir(parents=True, exist_ok=True)
     for split, rows in {"train": sorted(set(range(len(emoji))) - tenth), "test": sorted(tenth)}.items():
         emoji.select(rows).to_parquet(output / f"{split}.parquet")
-    print(f"{output}: {len(emoji) - len(tenth)} emoji to train on, {len(tenth)} held out; {len(held_out)} keywords held out.")
+    print(
+        f"{output}: {len(emoji) - len(tenth)} emoji to train on, {len(tenth)} held out; {len(held_out)} keywords held out."
+    )
 
 
 if __name__ == "__main__":

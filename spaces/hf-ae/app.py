@@ -58,7 +58,12 @@ def build() -> gr.Blocks:
                 repair = tab_repair.build()
             with gr.Tab("Compare", id="compare"):
                 compare = tab_compare.build()
-        for outputs, fill in [(trip, tab_round_trip.first), *latent, (repair, tab_repair.first), (compare, tab_compare.compare)]:
+        for outputs, fill in [
+            (trip, tab_round_trip.first),
+            *latent,
+            (repair, tab_repair.first),
+            (compare, tab_compare.compare),
+        ]:
             drawn.then(remembered(fill), None, outputs, api_visibility="private", show_progress="hidden", queue=False)
     return demo
 

@@ -26,7 +26,7 @@ def plane_point(x: float = 0, y: float = 0):
     """
     import torch
 
-    from hf_ae.latents.walks import decode
+    from hf_ae.latents import decode
 
     loaded = load_model(MODEL)
     code = [number(x, *X, "x"), number(y, *Y, "y")]
@@ -35,7 +35,7 @@ def plane_point(x: float = 0, y: float = 0):
 
 def first():
     """The map, and the digit in the middle of it."""
-    from hf_ae.latents.walks import manifold_grid
+    from hf_ae.latents import manifold_grid
     from hf_ae.plots import image_grid
 
     grid = manifold_grid(load_model(MODEL)[0], SIDE, X, Y)

@@ -35,12 +35,23 @@ def build():
         with gr.Column(scale=4, min_width=260):
             kind = gr.Radio(SHEETS["clothes"], value=FIRST, label="Class", elem_id="class")
             seed = gr.Slider(0, 99, 0, step=1, label="Seed", elem_id="class-seed")
-            guidance = gr.Slider(1, 5, 2.5, step=0.1, label="Guidance", info="How much the class counts", elem_id="class-guidance")
+            guidance = gr.Slider(
+                1, 5, 2.5, step=0.1, label="Guidance", info="How much the class counts", elem_id="class-guidance"
+            )
         with gr.Column(scale=7, min_width=300):
-            shown = show_many("New pictures", "class-pictures", 3, elem_classes="pixels", buttons=["download", "fullscreen"])
+            shown = show_many(
+                "New pictures", "class-pictures", 3, elem_classes="pixels", buttons=["download", "fullscreen"]
+            )
     gr.HTML(
         "<p>Random codes of a good compressor mean nothing. So a transformer learned which code follows which, as a language model learns "
         "words; it writes the 65 indices of a picture, the 16 coarse ones first.</p>"
     )
-    gr.on([kind.input, seed.input, guidance.input], draw_class, [kind, seed, guidance], shown, api_name="draw_class", **LIVE)
+    gr.on(
+        [kind.input, seed.input, guidance.input],
+        draw_class,
+        [kind, seed, guidance],
+        shown,
+        api_name="draw_class",
+        **LIVE,
+    )
     return [shown]

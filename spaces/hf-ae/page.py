@@ -27,7 +27,9 @@ def theme() -> gr.themes.Base:
     """System fonts, quiet surfaces, one accent."""
     fonts = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "Noto Sans", "sans-serif"]
     mono = ["ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace"]
-    base = gr.themes.Base(primary_hue="teal", neutral_hue="zinc", radius_size="lg", text_size="md", font=fonts, font_mono=mono)
+    base = gr.themes.Base(
+        primary_hue="teal", neutral_hue="zinc", radius_size="lg", text_size="md", font=fonts, font_mono=mono
+    )
     return base.set(
         body_background_fill="#fafaf9",
         body_background_fill_dark="#131316",
@@ -77,7 +79,14 @@ def show_one(label: str, elem_id: str, **options) -> gr.Image:
 
 def show_many(label: str, elem_id: str, columns: int, **options) -> gr.Gallery:
     """Pictures side by side that the page shows."""
-    shown = {"format": "png", "interactive": False, "height": "auto", "object_fit": "contain", "buttons": ["fullscreen"], **options}
+    shown = {
+        "format": "png",
+        "interactive": False,
+        "height": "auto",
+        "object_fit": "contain",
+        "buttons": ["fullscreen"],
+        **options,
+    }
     return gr.Gallery(label=label, elem_id=elem_id, columns=columns, **shown)
 
 
@@ -111,7 +120,9 @@ def table(headers: list[str], rows: list[list[str]], caption: str, marked: int |
     body = ""
     for number, (first, *rest) in enumerate(rows):
         cells = "".join(f"<td>{html.escape(cell)}</td>" for cell in rest)
-        body += f'<tr{" class=marked" if number == marked else ""}><th scope="row">{html.escape(first)}</th>{cells}</tr>'
+        body += (
+            f'<tr{" class=marked" if number == marked else ""}><th scope="row">{html.escape(first)}</th>{cells}</tr>'
+        )
     parts = f"<caption>{html.escape(caption)}</caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody>"
     return f'<div class="scroll" tabindex="0"><table class="figures">{parts}</table></div>'
 

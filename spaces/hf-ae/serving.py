@@ -123,7 +123,7 @@ def load_model(name: str):
     """(model, image processor) of a shipped autoencoder."""
 
     def load():
-        from hf_ae.evaluation.evaluate import load_model as load_it
+        from hf_ae.loading import load_model as load_it
 
         return load_it(place(name))
 
@@ -134,9 +134,9 @@ def load_codec(name: str):
     """An autoencoder as `hf_ae.codec` takes it."""
 
     def load():
-        from hf_ae.codec.compression import load_codec_model
+        from hf_ae.loading import load_autoencoder
 
-        return load_codec_model.__wrapped__(place(name))
+        return load_autoencoder(place(name))
 
     return load_once("codec", name, load)
 
@@ -147,7 +147,7 @@ def load_pipeline(name: str = "emoji-text-to-image"):
     def load():
         import torch
 
-        from hf_ae.diffusion.drawing import load_pipeline as load_it
+        from hf_ae.loading import load_pipeline as load_it
 
         pipe = load_it(place(name))
         pipe.set_progress_bar_config(disable=True)
@@ -208,7 +208,14 @@ def upload(**options) -> gr.Image:
 
     Only files in the folder of uploads count: whoever calls the API may write any path.
     """
-    image = gr.Image(type="filepath", image_mode=None, format="png", sources=["upload", "clipboard"], alt_text=options["label"], **options)
+    image = gr.Image(
+        type="filepath",
+        image_mode=None,
+        format="png",
+        sources=["upload", "clipboard"],
+        alt_text=options["label"],
+        **options,
+    )
     decode = image.preprocess
 
     def preprocess(payload):
@@ -283,7 +290,9 @@ def samples(sheet: str) -> dict[str, list]:
     from PIL import Image
 
     page = Image.open(EXAMPLES / f"{sheet}.png").convert("L")
-    boxes = [[(28 * column, 28 * row, 28 * column + 28, 28 * row + 28) for column in range(PER_CLASS)] for row in range(10)]
+    boxes = [
+        [(28 * column, 28 * row, 28 * column + 28, 28 * row + 28) for column in range(PER_CLASS)] for row in range(10)
+    ]
     return {name: [page.crop(box) for box in row] for name, row in zip(SHEETS[sheet], boxes)}
 
 

@@ -76,7 +76,11 @@ def compare(family: str = "Fashion-MNIST"):
     pictures = sorted({f"{metrics['images']:,} of {metrics['dataset'].split('/')[-1]}" for metrics in found.values()})
     caption = f"Measured on test pictures ({'; '.join(pictures)}), with hf-ae evaluate"
     head = ["model", *(list(COLUMNS)[i] for i in kept)]
-    drawn = [(path, name) for name in rows if (path := file_of(name, "reconstructions.png") or file_of(name, "roundtrip.jpg"))]
+    drawn = [
+        (path, name)
+        for name in rows
+        if (path := file_of(name, "reconstructions.png") or file_of(name, "roundtrip.jpg"))
+    ]
     return table(head, [[name, *(row[i] for i in kept)] for name, row in rows.items()], caption), [
         (keep_file(path), name) for path, name in drawn
     ]

@@ -7,7 +7,20 @@ import latent_plane
 import latent_prior
 from page import intro, show_many, show_one
 from picker import buttons_for, chosen, picker_of, sheet_items
-from serving import LIVE, SHARED, SHEETS, enlarge, friendly, load_model, number, open_upload, sample_file, samples, upload, whole
+from serving import (
+    LIVE,
+    SHARED,
+    SHEETS,
+    enlarge,
+    friendly,
+    load_model,
+    number,
+    open_upload,
+    sample_file,
+    samples,
+    upload,
+    whole,
+)
 
 WALKERS = {"Clothes": ("clothes", "fashion-vae"), "Digits": ("digits", "mnist-vae")}
 """Title -> sheet of samples, model."""
@@ -57,7 +70,7 @@ def walk(a: str, b: str, kind: str = "Clothes", way: str = "spherical", position
     """
     import torch
 
-    from hf_ae.latents.walks import decode, interpolate
+    from hf_ae.latents import decode, interpolate
 
     loaded = walker(kind)
     ends = encode(loaded, [open_upload(a, 1024, gray=True), open_upload(b, 1024, gray=True)])
@@ -136,8 +149,8 @@ def arithmetic(a: str = "ankle boot", b: str = "sneaker", picture: str = ""):
     """
     import torch
 
-    from hf_ae.latents.walks import arithmetic as reckon
-    from hf_ae.latents.walks import decode
+    from hf_ae.latents import arithmetic as reckon
+    from hf_ae.latents import decode
 
     for group in (a, b):
         if group not in SHEETS["clothes"]:
@@ -232,10 +245,12 @@ def draw_numbers(
     """
     import torch
 
-    from hf_ae.latents.walks import decode
+    from hf_ae.latents import decode
 
     loaded = load_model(TURNED)
-    values = [number(value, -4, 4, f"Number {i + 1}") for i, value in enumerate((n1, n2, n3, n4, n5, n6, n7, n8, n9, n10))]
+    values = [
+        number(value, -4, 4, f"Number {i + 1}") for i, value in enumerate((n1, n2, n3, n4, n5, n6, n7, n8, n9, n10))
+    ]
     return drawn(loaded, decode(loaded[0], torch.tensor([values])))[0]
 
 
@@ -255,12 +270,18 @@ def build_numbers():
             for row in range(TURNS // 2):
                 with gr.Row():
                     for i in (2 * row, 2 * row + 1):
-                        sliders.append(gr.Slider(-4, 4, 0, step=0.01, label=f"Number {i + 1}", elem_id=f"number-{i + 1}", min_width=140))
+                        sliders.append(
+                            gr.Slider(
+                                -4, 4, 0, step=0.01, label=f"Number {i + 1}", elem_id=f"number-{i + 1}", min_width=140
+                            )
+                        )
     private = {"api_visibility": "private"}
     gr.on([slider.input for slider in sliders], draw_numbers, sliders, shown, api_name="draw_numbers", **LIVE)
     own.upload(numbers_of, own, [*sliders, shown], api_name="numbers_of", **SHARED)
     chosen = gr.State()
-    picker.click(pick_clothes, None, chosen, queue=False, **private).then(numbers_of, chosen, [*sliders, shown], **SHARED, **private)
+    picker.click(pick_clothes, None, chosen, queue=False, **private).then(
+        numbers_of, chosen, [*sliders, shown], **SHARED, **private
+    )
     return [*sliders, shown]
 
 
@@ -278,7 +299,7 @@ def random_digits(seed: int = 0, spread: str = next(iter(SPREADS))):
     Returns:
         25 pictures by the autoencoder, and 25 by the VAE.
     """
-    from hf_ae.latents.walks import decode, random_codes
+    from hf_ae.latents import decode, random_latents
     from hf_ae.plots import image_grid
 
     if spread not in SPREADS:
@@ -286,21 +307,35 @@ def random_digits(seed: int = 0, spread: str = next(iter(SPREADS))):
     seed, sheets = whole(seed, 0, 99, "The seed"), []
     for name in DICE.values():
         loaded = load_model(name)
-        like = encode(loaded, [picture for row in samples("digits").values() for picture in row]) if SPREADS[spread] else None
-        sheets.append(image_grid(decode(loaded[0], random_codes(loaded[0], 25, like, seed)), 5, cell=84, gap=2))
+        like = (
+            encode(loaded, [picture for row in samples("digits").values() for picture in row])
+            if SPREADS[spread]
+            else None
+        )
+        sheets.append(image_grid(decode(loaded[0], random_latents(loaded[0], 25, like, seed)), 5, cell=84, gap=2))
     return sheets
 
 
 def build_random():
     with gr.Row(equal_height=False):
-        seed = gr.Slider(0, 99, 0, step=1, label="Throw the dice", info="Seed of 25 random codes", elem_id="dice", min_width=260)
-        spread = gr.Radio(list(SPREADS), value=next(iter(SPREADS)), label="How far apart the codes are", elem_id="spread", min_width=260)
+        seed = gr.Slider(
+            0, 99, 0, step=1, label="Throw the dice", info="Seed of 25 random codes", elem_id="dice", min_width=260
+        )
+        spread = gr.Radio(
+            list(SPREADS),
+            value=next(iter(SPREADS)),
+            label="How far apart the codes are",
+            elem_id="spread",
+            min_width=260,
+        )
     with gr.Row(equal_height=False):
         sheets = [
             show_one(title, f"dice-{i}", alt_text=f"25 random codes, decoded by the {title}", elem_classes="pixels")
             for i, title in enumerate(DICE)
         ]
-    gr.HTML("<p>The autoencoder only learned to copy digits, so most codes mean nothing to it; the VAE had to fill the space around 0.</p>")
+    gr.HTML(
+        "<p>The autoencoder only learned to copy digits, so most codes mean nothing to it; the VAE had to fill the space around 0.</p>"
+    )
     gr.on([seed.input, spread.input], random_digits, [seed, spread], sheets, api_name="random_digits", **LIVE)
     return sheets
 

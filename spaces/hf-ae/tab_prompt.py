@@ -20,7 +20,17 @@ SCHEDULERS = {
 }
 """Title -> diffusers class; None is the pipeline's own."""
 SHEET_STEPS, SHEET_SEEDS = (2, 4, 6, 10, 20), 4
-PROMPTS = ["birthday cake", "a slice of pizza", "cat face", "rocket", "rainbow", "octopus", "something sweet", "in love", "halloween"]
+PROMPTS = [
+    "birthday cake",
+    "a slice of pizza",
+    "cat face",
+    "rocket",
+    "rainbow",
+    "octopus",
+    "something sweet",
+    "in love",
+    "halloween",
+]
 FIRST = {"prompt": "birthday cake", "seed": 1, "steps": 10, "guidance": 2.0, "scheduler": "DPM-Solver++", "count": 1}
 """What the page draws when it opens."""
 
@@ -31,7 +41,9 @@ def checked(prompt, seed, steps, guidance, scheduler, count=1):
     if not prompt:
         raise ValueError("Write what to draw first, such as: birthday cake.")
     if len(prompt) > MOST_LETTERS:
-        raise ValueError(f"The prompt has {len(prompt):,} letters, and at most {MOST_LETTERS} are accepted: make it shorter.")
+        raise ValueError(
+            f"The prompt has {len(prompt):,} letters, and at most {MOST_LETTERS} are accepted: make it shorter."
+        )
     if scheduler not in SCHEDULERS:
         raise ValueError(f"This scheduler is not known: use one of {', '.join(SCHEDULERS)}.")
     return {
@@ -144,7 +156,12 @@ def from_address(request: gr.Request):
     """The fields as the page's address (a share link) sets them; what it does not set, or sets badly, keeps its first value."""
     asked, values = dict(request.query_params), dict(FIRST)
     values["prompt"] = asked.get("prompt", "").strip()[:MOST_LETTERS] or FIRST["prompt"]
-    limits = {"seed": (0, 2**31 - 1, int), "steps": (1, MOST_STEPS, int), "guidance": (1, 10, float), "count": (1, MOST_PICTURES, int)}
+    limits = {
+        "seed": (0, 2**31 - 1, int),
+        "steps": (1, MOST_STEPS, int),
+        "guidance": (1, 10, float),
+        "count": (1, MOST_PICTURES, int),
+    }
     for name, (low, high, kind) in limits.items():
         try:
             value = kind(asked[name])
@@ -179,12 +196,18 @@ def build(demo: gr.Blocks):
     )
     with gr.Row(equal_height=False):
         with gr.Column(scale=5, min_width=300):
-            prompt = gr.Textbox(FIRST["prompt"], label="Prompt", placeholder="What shall it draw?", max_lines=3, elem_id="prompt")
+            prompt = gr.Textbox(
+                FIRST["prompt"], label="Prompt", placeholder="What shall it draw?", max_lines=3, elem_id="prompt"
+            )
             with gr.Row():
                 draw_button = gr.Button("Draw", variant="primary", elem_id="draw", scale=3, min_width=120)
                 lucky = gr.Button("Another seed", elem_id="another-seed", scale=2, min_width=120)
             examples = gr.Examples(
-                [[text] for text in PROMPTS], prompt, label="Examples", elem_id="prompt-examples", api_visibility="private"
+                [[text] for text in PROMPTS],
+                prompt,
+                label="Examples",
+                elem_id="prompt-examples",
+                api_visibility="private",
             )
             seed, *others = build_settings()
             with gr.Accordion("Start from a picture", open=False, elem_id="prompt-image"):
@@ -194,12 +217,24 @@ def build(demo: gr.Blocks):
             pictures = show_many("Pictures", "pictures", 3, elem_classes="emoji", buttons=["download", "fullscreen"])
             told = status("", "draw-status")
             extras = build_extras([prompt, seed, *others])
-    drawing = {"inputs": [prompt, seed, *others, picture, strength], "outputs": [pictures, told], "show_progress_on": told, **SHARED}
+    drawing = {
+        "inputs": [prompt, seed, *others, picture, strength],
+        "outputs": [pictures, told],
+        "show_progress_on": told,
+        **SHARED,
+    }
     fields, private = [prompt, seed, *others], {"api_visibility": "private"}
     gr.on([draw_button.click, prompt.submit], draw, **drawing, api_name="draw")
     examples.load_input_event.then(draw, **drawing, **private)
     lucky.click(lambda: random.randrange(10_000), None, seed, queue=False, **private).then(draw, **drawing, **private)
-    gr.on([field.change for field in fields], lambda: [gr.update(visible=False)] * 2, None, extras, queue=False, **private)
+    gr.on(
+        [field.change for field in fields],
+        lambda: [gr.update(visible=False)] * 2,
+        None,
+        extras,
+        queue=False,
+        **private,
+    )
     return demo.load(from_address, None, fields, queue=False, **private).then(draw_first, **drawing, **private)
 
 
@@ -208,9 +243,13 @@ def build_settings() -> list:
     with gr.Accordion("More settings", open=False, elem_id="prompt-more"):
         with gr.Row():
             seed = gr.Number(FIRST["seed"], label="Seed", precision=0, minimum=0, elem_id="seed", min_width=120)
-            count = gr.Slider(1, MOST_PICTURES, FIRST["count"], step=1, label="Pictures", elem_id="count", min_width=160)
+            count = gr.Slider(
+                1, MOST_PICTURES, FIRST["count"], step=1, label="Pictures", elem_id="count", min_width=160
+            )
         steps = gr.Slider(1, MOST_STEPS, FIRST["steps"], step=1, label="Steps", elem_id="steps")
-        guidance = gr.Slider(1, 10, FIRST["guidance"], step=0.5, label="Guidance: how closely to follow the prompt", elem_id="guidance")
+        guidance = gr.Slider(
+            1, 10, FIRST["guidance"], step=0.5, label="Guidance: how closely to follow the prompt", elem_id="guidance"
+        )
         scheduler = gr.Dropdown(list(SCHEDULERS), value=FIRST["scheduler"], label="Scheduler", elem_id="scheduler")
     return [seed, steps, guidance, scheduler, count]
 
@@ -227,5 +266,7 @@ def build_extras(fields: list) -> list:
     sheet_button.click(lambda: gr.update(visible=True), None, sheet, **private).then(
         steps_sheet, [prompt, seed, guidance, scheduler], sheet, api_name="steps_sheet", **SHARED
     )
-    share_button.click(None, fields, link, js=SHARE, api_visibility="private").then(lambda: gr.update(visible=True), None, link, **private)
+    share_button.click(None, fields, link, js=SHARE, api_visibility="private").then(
+        lambda: gr.update(visible=True), None, link, **private
+    )
     return [sheet, link]

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 import gradio as gr
 from page import intro, say, show_many, status, terms
 from picker import buttons_for, chosen, picker_of, sheet_items
-from serving import EXAMPLES, LIVE, SHARED, available, enlarge, friendly, load_model, number, open_upload, sample_file, upload, whole
+from serving import (
+    EXAMPLES,
+    LIVE,
+    SHARED,
+    available,
+    enlarge,
+    friendly,
+    load_model,
+    number,
+    open_upload,
+    sample_file,
+    upload,
+    whole,
+)
 
 DAMAGES = {
     "Noise": ("gaussian", "fashion-denoising", (0.05, 0.6, 0.3, 0.05)),
@@ -39,11 +51,6 @@ def offered() -> list[str]:
     return [damage for damage in DAMAGES if repairer(damage)]
 
 
-def psnr(a, b, width: float) -> float:
-    """Of two pictures whose values span `width`, in dB."""
-    return -10 * math.log10(max((a - b).square().mean().item() / width**2, 1e-10))
-
-
 @friendly
 def repair(picture: str, damage: str = "Noise", level: float = 0.3, seed: int = 0):
     """Damage a picture and let a denoising autoencoder repair it.
@@ -60,6 +67,7 @@ def repair(picture: str, damage: str = "Noise", level: float = 0.3, seed: int = 
     """
     import torch
 
+    from hf_ae.metrics import psnr
     from hf_ae.models.corruptions import corrupt
 
     if damage not in offered():
@@ -70,13 +78,21 @@ def repair(picture: str, damage: str = "Noise", level: float = 0.3, seed: int = 
     model, processor = load_model(name)
     original = open_upload(picture, 1024, gray=model.config.num_channels == 1)
     pixels = processor([original], return_tensors="pt").pixel_values
-    (darkest, lightest), generator = model.config.pixel_range, torch.Generator().manual_seed(whole(seed, 0, 99, "The seed"))
+    (darkest, lightest), generator = (
+        model.config.pixel_range,
+        torch.Generator().manual_seed(whole(seed, 0, 99, "The seed")),
+    )
     damaged = corrupt(pixels, kind, round(level) if kind == "low_resolution" else level, darkest, lightest, generator)
     with torch.no_grad():
         repaired = model(damaged).reconstruction
-    before, after = (psnr(picture, pixels, lightest - darkest) for picture in (damaged, repaired))
+    errors = ((picture - pixels).square().mean() / (lightest - darkest) ** 2 for picture in (damaged, repaired))
+    before, after = (psnr(error).item() for error in errors)
     trained = model.config.corruption == kind
-    note = "This model was trained for this damage." if trained else "This model never saw this damage: it was trained for gaussian noise."
+    note = (
+        "This model was trained for this damage."
+        if trained
+        else "This model never saw this damage: it was trained for gaussian noise."
+    )
     drawn = [enlarge(p) for p in processor.postprocess(torch.cat([pixels, damaged, repaired]))]
     verdict = "better" if after > before else "worse"
     return list(zip(drawn, ("original", "damaged", "repaired"))), say(
@@ -105,8 +121,14 @@ def level_for(damage: str):
 def change_damage(damage, picture):
     """The level's slider, the samples and the picture for another kind of damage; a picture of one's own stays."""
     fitting = samples_for(damage)
-    foreign = {Path(file).name for kind in offered() for _, file in samples_for(kind)} - {Path(file).name for _, file in fitting}
-    return level_for(damage), buttons_for(fitting, PICKER), fitting[0][1] if picture and Path(picture).name in foreign else gr.skip()
+    foreign = {Path(file).name for kind in offered() for _, file in samples_for(kind)} - {
+        Path(file).name for _, file in fitting
+    }
+    return (
+        level_for(damage),
+        buttons_for(fitting, PICKER),
+        fitting[0][1] if picture and Path(picture).name in foreign else gr.skip(),
+    )
 
 
 def pick(damage, event: gr.EventData):
@@ -137,10 +159,14 @@ def build():
             picker = picker_of(samples_for(FIRST[0]), PICKER, "repair-picker")
             damage = gr.Radio(offered(), value=FIRST[0], label="Damage", elem_id="damage")
             limits = [DAMAGES[damage][2][:2] for damage in offered()]
-            level = gr.Slider(min(limits)[0], max(high for _, high in limits), FIRST[1], step=0.05, label="How much", elem_id="level")
+            level = gr.Slider(
+                min(limits)[0], max(high for _, high in limits), FIRST[1], step=0.05, label="How much", elem_id="level"
+            )
             seed = gr.Slider(0, 99, 0, step=1, label="Seed of the damage", elem_id="damage-seed")
         with gr.Column(scale=7, min_width=300):
-            shown = show_many("Original, damaged, repaired", "repaired", 3, elem_classes="pixels", buttons=["download", "fullscreen"])
+            shown = show_many(
+                "Original, damaged, repaired", "repaired", 3, elem_classes="pixels", buttons=["download", "fullscreen"]
+            )
             told = status("", "repair-status")
             terms("PSNR")
 

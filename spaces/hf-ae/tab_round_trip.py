@@ -9,9 +9,25 @@ from pathlib import Path
 import gradio as gr
 from page import intro, say, show_many, show_one, status, table, terms
 from picker import chosen, picker_of
-from serving import EXAMPLES, LIVE, SHARED, enlarge, friendly, load_codec, number, open_upload, sample_file, served, upload
+from serving import (
+    EXAMPLES,
+    LIVE,
+    SHARED,
+    enlarge,
+    friendly,
+    load_codec,
+    number,
+    open_upload,
+    sample_file,
+    served,
+    upload,
+)
 
-CODECS = {"Photo": ("photo-compressive", 768), "Emoji": ("emoji-compressive", 128), "Clothes": ("fashion-compressive", 112)}
+CODECS = {
+    "Photo": ("photo-compressive", 768),
+    "Emoji": ("emoji-compressive", 128),
+    "Clothes": ("fashion-compressive", 112),
+}
 """Title -> model, and the longest side that it takes here."""
 MOST_FILE = 2_000_000
 """Bytes of a compressed file that is opened."""
@@ -48,18 +64,20 @@ def round_trip(picture: str, model: str = "Photo", quality: float = 0.25):
         The picture before and after, the size and error, and the file itself.
     """
     import numpy as np
+    import torch
 
-    from hf_ae.codec.compression import compress, decompress
+    from hf_ae.codec import compress, decompress
+    from hf_ae.metrics import psnr
 
     codec, original = prepared(picture, model)
     data = compress(codec, original, quality=number(quality, 0, 1, "The quality"), model_id=CODECS[model][0])
     back = decompress(data, codec)
     error = np.square(np.asarray(original, dtype=np.float32) - np.asarray(back)).mean()
-    pixels, psnr = original.width * original.height, 10 * math.log10(255**2 / max(error, 1e-5))
+    pixels, decibels = original.width * original.height, psnr(torch.tensor(error / 255**2)).item()
     path = served(data, "picture.hfae")
     raw, size = pixels * len(original.getbands()), len(data)
     share = f": 1/{raw / size:.0f}" if size < raw else ""
-    told = f"{size:,} bytes instead of {raw:,}{share}. {8 * size / pixels:.2f} bits a pixel, PSNR {psnr:.1f} dB."
+    told = f"{size:,} bytes instead of {raw:,}{share}. {8 * size / pixels:.2f} bits a pixel, PSNR {decibels:.1f} dB."
     return (enlarge(original, 384), enlarge(back, 384)), say(told), path
 
 
@@ -81,9 +99,12 @@ def beside_others(picture: str, model: str = "Photo", quality: float = 0.25):
     result = VAERoundTripPipeline(codec)(original, quality=number(quality, 0, 1, "The quality"))
     found = {"Autoencoder": result.decoded, **result.others}
     rows = [
-        [name, f"{m.size:,}", f"{m.bpp:.3f}", f"{m.psnr:.2f}", "" if math.isnan(m.ssim) else f"{m.ssim:.3f}"] for name, m in found.items()
+        [name, f"{m.size:,}", f"{m.bpp:.3f}", f"{m.psnr:.2f}", "" if math.isnan(m.ssim) else f"{m.ssim:.3f}"]
+        for name, m in found.items()
     ]
-    figures = table(["", "bytes", "bits a pixel", "PSNR, dB", "SSIM"], rows, "The same picture in four kinds of file", marked=0)
+    figures = table(
+        ["", "bytes", "bits a pixel", "PSNR, dB", "SSIM"], rows, "The same picture in four kinds of file", marked=0
+    )
     pictures = [(enlarge(m.picture, 384), f"{name}, {m.size:,} bytes") for name, m in found.items()]
     return pictures, figures, result.panel
 
@@ -98,8 +119,7 @@ def open_file(file: str):
     Returns:
         The picture, and a line about the file.
     """
-    from hf_ae.codec.container import unpack
-    from hf_ae.codec.compression import CorruptFileError, decompress, fingerprint
+    from hf_ae.codec import CorruptFileError, decompress, fingerprint, unpack
     from hf_ae.codec.compression import ready as ready_for_coding
 
     if not file:
@@ -118,7 +138,9 @@ def open_file(file: str):
             fits = fingerprint(model) == header.fingerprint
         if fits:
             back = decompress(data, model, most)
-            told = f"Opened: {len(data):,} bytes, {back.width}×{back.height} pixels, written with the model for “{kind}”."
+            told = (
+                f"Opened: {len(data):,} bytes, {back.width}×{back.height} pixels, written with the model for “{kind}”."
+            )
             return enlarge(back, 384), say(told)
     raise CorruptFileError("This file was written with another model than the three of this Space.")
 
@@ -126,7 +148,10 @@ def open_file(file: str):
 def items() -> list[tuple[str, str]]:
     """(name, file) of the examples."""
     files = {(kind, name): EXAMPLES / f"{name}.png" for kind, names in SHOWN.items() for name in names}
-    return [(f"{kind}: {name}", str(f) if f.is_file() else sample_file("clothes", name, 1)) for (kind, name), f in files.items()]
+    return [
+        (f"{kind}: {name}", str(f) if f.is_file() else sample_file("clothes", name, 1))
+        for (kind, name), f in files.items()
+    ]
 
 
 def pick(event: gr.EventData):
@@ -176,10 +201,19 @@ def build():
     private = {"api_visibility": "private"}
     trip = {"inputs": [picture, kind, quality], "outputs": [slider, told, file]}
     gr.on([quality.input, kind.input, picture.upload], round_trip, **trip, **LIVE, api_name="round_trip")
-    gr.on([quality.release, kind.change, picture.change], lambda: gr.update(visible=False), None, others, queue=False, **private)
+    gr.on(
+        [quality.release, kind.change, picture.change],
+        lambda: gr.update(visible=False),
+        None,
+        others,
+        queue=False,
+        **private,
+    )
     picker.click(pick, None, [picture, kind], queue=False, **private).then(round_trip, **trip, **SHARED, **private)
     opening = compare.click(lambda: gr.update(visible=True), None, others, queue=False, **private)
-    opening.then(beside_others, [picture, kind, quality], [gallery, figures, panel], api_name="beside_others", **SHARED)
+    opening.then(
+        beside_others, [picture, kind, quality], [gallery, figures, panel], api_name="beside_others", **SHARED
+    )
     return trip["outputs"]
 
 
