@@ -55,18 +55,9 @@ AutoConfig.register(DiscriminatorConfig.model_type, DiscriminatorConfig, exist_o
 AutoModel.register(DiscriminatorConfig, DiscriminatorModel, exist_ok=True)
 
 _ROOMS = (
-    "codec",
-    "data",
-    "diffusion",
-    "evaluation",
-    "hub",
-    "latents",
-    "loading",
-    "metrics",
-    "pipelines",
-    "plots",
+    "codec", "data", "diffusion", "evaluation", "hub", "latents", "loading", "metrics", "pipelines", "plots",
     "sampling",
-)
+)  # fmt: skip
 
 
 def __getattr__(name: str) -> ModuleType:
@@ -76,28 +67,9 @@ def __getattr__(name: str) -> ModuleType:
 
 
 __all__ = [
-    "MODELS",
-    "AutoencoderConfig",
-    "AutoencoderImageProcessor",
-    "AutoencoderModel",
-    "BetaVAEConfig",
-    "BetaVAEModel",
-    "CompressiveAutoencoderConfig",
-    "CompressiveAutoencoderModel",
-    "ContractiveAutoencoderConfig",
-    "ContractiveAutoencoderModel",
-    "DenoisingAutoencoderConfig",
-    "DenoisingAutoencoderModel",
-    "DiscriminatorConfig",
-    "DiscriminatorModel",
-    "SparseAutoencoderConfig",
-    "SparseAutoencoderModel",
-    "VAEConfig",
-    "VAEGANConfig",
-    "VAEGANModel",
-    "VAEModel",
-    "VQVAE2Config",
-    "VQVAE2Model",
-    "VQVAEConfig",
-    "VQVAEModel",
-]
+    "MODELS", "AutoencoderConfig", "AutoencoderImageProcessor", "AutoencoderModel", "BetaVAEConfig", "BetaVAEModel",
+    "CompressiveAutoencoderConfig", "CompressiveAutoencoderModel", "ContractiveAutoencoderConfig",
+    "ContractiveAutoencoderModel", "DenoisingAutoencoderConfig", "DenoisingAutoencoderModel", "DiscriminatorConfig",
+    "DiscriminatorModel", "SparseAutoencoderConfig", "SparseAutoencoderModel", "VAEConfig", "VAEGANConfig",
+    "VAEGANModel", "VAEModel", "VQVAE2Config", "VQVAE2Model", "VQVAEConfig", "VQVAEModel",
+]  # fmt: skip

@@ -49,13 +49,9 @@ def labelled_rows(
 
 
 def image_grid(
-    pixels: Tensor,
-    columns: int,
-    path: str | Path | None = None,
-    cell: int = 28,
-    gap: int = 1,
+    pixels: Tensor, columns: int, path: str | Path | None = None, cell: int = 28, gap: int = 1,
     captions: Sequence[str] = (),
-) -> Image.Image:
+) -> Image.Image:  # fmt: skip
     """Images (images, channels, height, width) in 0…1 in rows of `columns`, each over its caption if any; saved to
     `path`."""
     images, line = to_images(pixels, cell), cell // 5 if captions else 0
@@ -79,13 +75,9 @@ def saved(sheet: Image.Image, path: str | Path | None) -> Image.Image:
 
 
 def latent_plane(
-    latents: np.ndarray,
-    labels: Sequence[int] | None,
-    decoded: Tensor,
-    extent: tuple[float, float, float, float],
-    path: str | Path,
-    size: int = 720,
-) -> None:
+    latents: np.ndarray, labels: Sequence[int] | None, decoded: Tensor, extent: tuple[float, float, float, float],
+    path: str | Path, size: int = 720,
+) -> None:  # fmt: skip
     """A 2-d latent space: left the latents of test images coloured by class, right what the decoder draws all over it.
 
     latents: (images, 2). labels: whole numbers from 0, (images,), or None. decoded: (rows·rows, channels, height,

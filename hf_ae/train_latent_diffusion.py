@@ -51,19 +51,18 @@ class LatentDiffusionArguments(TrainingArguments):
     vae: str | None = flag(None, "Folder or Hub id of the autoencoder: a VAE with spatial latents, or AutoencoderKL.")
     text_encoder: str | None = flag(
         None,
-        "Folder or Hub id of a transformers text model, kept frozen; or fields of a small BERT that is trained too, as "
+        "Folder or Hub id of a transformers text model, kept frozen; or fields of a small BERT, trained too: "
         '"hidden_size=64,num_hidden_layers=1". Default: such a small one.',
     )
     max_text_length: int = flag(32, "Tokens of a prompt; more are cut off.", least=3)
     image_column: str | None = flag(None, "Column of the images; default: the only one that holds images.")
     caption_columns: str = flag(
         "text",
-        "Columns of captions (text, lists of it, or classes): each step draws one, then one caption of it. Named twice "
-        "counts twice.",
+        "Columns of captions (text, lists of it, or classes): each step draws one, then a caption of it. Named "
+        "twice counts twice.",
     )
     caption_prior: bool = flag(
-        False,
-        "For few images: draw each prompt as the nearest caption of the first column; the other columns only lead to it.",
+        False, "For few images: draw each prompt as the nearest caption of the first column; other columns lead to it."
     )
     caption_dropout: float = flag(0.1, "Fraction of empty captions, which classifier-free guidance needs.", least=0)
     image_size: int | None = flag(None, "Height and width of the images; default: the autoencoder's.", least=1)

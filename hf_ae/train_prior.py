@@ -123,11 +123,8 @@ def train(args: PriorArguments) -> None:
     count = len(codes.labels)
     batches = num_batches(count, args.train_batch_size, accelerator.num_processes)
     data = {
-        "images": count,
-        "classes": len(names),
-        "label_dropout": args.label_dropout,
-        "random_flip": args.random_flip,
-    }
+        "images": count, "classes": len(names), "label_dropout": args.label_dropout, "random_flip": args.random_flip,
+    }  # fmt: skip
     run = Run(args, accelerator, model.prior, batches, data)
     if resume_from is not None:
         load_checkpoint(run, resume_from)

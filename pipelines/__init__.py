@@ -7,10 +7,6 @@ from .text_to_image import TextToImagePipeline
 from .vae_roundtrip import VAERoundTripOutput, VAERoundTripPipeline
 
 __all__ = [
-    "CaptionPrior",
-    "Preview",
-    "TextToImageOutput",
-    "TextToImagePipeline",
-    "VAERoundTripOutput",
+    "CaptionPrior", "Preview", "TextToImageOutput", "TextToImagePipeline", "VAERoundTripOutput",
     "VAERoundTripPipeline",
-]
+]  # fmt: skip

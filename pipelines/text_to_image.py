@@ -64,22 +64,12 @@ class TextToImagePipeline(RepoLoading, DiffusionPipeline):
         def __getattr__(self, name: str) -> Any: ...
 
     def __init__(
-        self,
-        vae: AutoencoderKL | PreTrainedModel,
-        text_encoder: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        unet: UNet2DConditionModel,
-        scheduler: SchedulerMixin,
-        prior: CaptionPrior | None = None,
-        image_decoder: Any = None,
-        discriminator: Any = None,
-        safety_checker: Any = None,
-        feature_extractor: Any = None,
-        image_encoder: Any = None,
-        requires_safety_checker: bool = False,
-        default_num_inference_steps: int = 50,
-        default_guidance_scale: float | int = 7.5,
-    ) -> None:
+        self, vae: AutoencoderKL | PreTrainedModel, text_encoder: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
+        unet: UNet2DConditionModel, scheduler: SchedulerMixin, prior: CaptionPrior | None = None,
+        image_decoder: Any = None, discriminator: Any = None, safety_checker: Any = None,
+        feature_extractor: Any = None, image_encoder: Any = None, requires_safety_checker: bool = False,
+        default_num_inference_steps: int = 50, default_guidance_scale: float | int = 7.5,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.register_modules(vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=scheduler)
         self.register_modules(prior=prior, image_decoder=image_decoder, discriminator=discriminator)
@@ -119,28 +109,15 @@ class TextToImagePipeline(RepoLoading, DiffusionPipeline):
     # What users call
 
     def __call__(
-        self,
-        prompt: str | list[str],
-        negative_prompt: str | list[str] | None = None,
-        *,
-        height: int | None = None,
-        width: int | None = None,
-        num_inference_steps: int | None = None,
-        guidance_scale: float | None = None,
-        guidance_rescale: float = 0.0,
-        guidance_interval: tuple[float, float] = (0.0, 1.0),
-        seed: int | list[int] | None = None,
-        generator: torch.Generator | list[torch.Generator] | None = None,
-        num_images_per_prompt: int = 1,
-        num_candidates: int = 1,
-        latents: torch.Tensor | None = None,
-        image: Any = None,
-        strength: float = 0.8,
-        output_type: str = "pil",
-        return_dict: bool = True,
+        self, prompt: str | list[str], negative_prompt: str | list[str] | None = None, *, height: int | None = None,
+        width: int | None = None, num_inference_steps: int | None = None, guidance_scale: float | None = None,
+        guidance_rescale: float = 0.0, guidance_interval: tuple[float, float] = (0.0, 1.0),
+        seed: int | list[int] | None = None, generator: torch.Generator | list[torch.Generator] | None = None,
+        num_images_per_prompt: int = 1, num_candidates: int = 1, latents: torch.Tensor | None = None,
+        image: Any = None, strength: float = 0.8, output_type: str = "pil", return_dict: bool = True,
         callback_on_step_end: Callable[..., Any] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
-    ) -> TextToImageOutput | tuple[Images, list[float] | None]:
+    ) -> TextToImageOutput | tuple[Images, list[float] | None]:  # fmt: skip
         """Draw `num_images_per_prompt` images of each prompt. Bad arguments raise ValueError.
 
         negative_prompt: what to move away from; one for all prompts or one for each. guidance_scale: weight of
@@ -157,25 +134,13 @@ class TextToImagePipeline(RepoLoading, DiffusionPipeline):
             `pipe.interrupt = True` stops after this step.
         """
         request = DrawingRequest(
-            prompt,
-            negative_prompt,
-            height=height,
-            width=width,
-            num_inference_steps=num_inference_steps,
-            guidance_scale=guidance_scale,
-            guidance_rescale=guidance_rescale,
-            guidance_interval=guidance_interval,
-            seed=seed,
-            generator=generator,
-            num_images_per_prompt=num_images_per_prompt,
-            num_candidates=num_candidates,
-            latents=latents,
-            image=image,
-            strength=strength,
-            output_type=output_type,
+            prompt, negative_prompt, height=height, width=width, num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale, guidance_rescale=guidance_rescale, guidance_interval=guidance_interval,
+            seed=seed, generator=generator, num_images_per_prompt=num_images_per_prompt,
+            num_candidates=num_candidates, latents=latents, image=image, strength=strength, output_type=output_type,
             callback_on_step_end=callback_on_step_end,
             callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
-        )
+        )  # fmt: skip
         *_, output = self._draw(self._checked(request), previews=False)
         return output if return_dict else (output.images, output.scores)
 
@@ -317,13 +282,9 @@ class TextToImagePipeline(RepoLoading, DiffusionPipeline):
         return self.scheduler.add_noise(latents, noise, timesteps[:1].repeat(len(noise))), None
 
     def _denoise(
-        self,
-        request: DrawingRequest,
-        latents: torch.Tensor,
-        timesteps: torch.Tensor,
-        text: torch.Tensor,
+        self, request: DrawingRequest, latents: torch.Tensor, timesteps: torch.Tensor, text: torch.Tensor,
         previews: bool,
-    ) -> Iterator[tuple[int, torch.Tensor, Any]]:
+    ) -> Iterator[tuple[int, torch.Tensor, Any]]:  # fmt: skip
         """Yields, after each step, its count, the latents and what the scheduler returned (as an object if
         `previews`)."""
         unet, scheduler, callback, total = self.unet, self.scheduler, request.callback_on_step_end, len(timesteps)

@@ -1,12 +1,14 @@
 """The compressive autoencoder: exact arithmetic, rates, quality, and training on crops."""
 
 import math
+import shutil
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.distributions import Normal
-from variants import make, pixels
+from variants import VARIANTS, make, pixels
 
 import hf_ae
 from hf_ae.models.entropy_models import (
@@ -239,8 +241,13 @@ def test_ms_ssim_matches_torchmetrics_and_trains():
     x = torch.nn.functional.interpolate(torch.rand(2, 3, 40, 40), (176, 192), mode="bicubic").clamp(0, 1)
     y = (x + 0.05 * torch.randn_like(x)).clamp(0, 1)
     torch.testing.assert_close(ms_ssim(x, y).mean(), reference(y, x, data_range=1.0), atol=2e-3, rtol=0)
-    with pytest.raises(ValueError, match="161"):
-        hf_ae.CompressiveAutoencoderConfig(image_size=64, reconstruction_loss="ms_ssim")
+    with pytest.raises(ValueError, match="176"):
+        hf_ae.CompressiveAutoencoderConfig(image_size=175, reconstruction_loss="ms_ssim")
+    small = dict(hidden_sizes=[4, 4], num_res_blocks=1, latent_channels=4, hyper_channels=[4, 4])
+    config = hf_ae.CompressiveAutoencoderConfig(image_size=176, reconstruction_loss="ms_ssim", **small)
+    output = hf_ae.CompressiveAutoencoderModel(config).train()(x[..., :176, :176])
+    output.loss.backward()
+    assert output.loss.isfinite() and output.losses["reconstruction"] > 0
 
 
 def test_distortion_with_ms_ssim_is_computed_in_float32_under_autocast():
@@ -264,7 +271,7 @@ def test_distortion_with_ms_ssim_is_computed_in_float32_under_autocast():
 
 def test_muon_leaves_quality_tables_to_adamw():
     from hf_ae.training.arguments import TrainingArguments
-    from hf_ae.training.run import make_optimizers
+    from hf_ae.training.optimizers import make_optimizers
 
     model = make("compressive")
     muon, adamw = make_optimizers(model, TrainingArguments(optimizer="muon"))
@@ -274,7 +281,7 @@ def test_muon_leaves_quality_tables_to_adamw():
 
 
 def test_random_crops_are_windows_of_their_images_and_the_same_for_a_seed():
-    from hf_ae.data.images import RandomCrops
+    from hf_ae.data import RandomCrops
 
     images = [torch.arange(h * w).view(1, h, w).to(torch.uint8) for h, w in ((9, 12), (12, 9), (8, 8))]
     crops = RandomCrops(images, (8, 8))
@@ -286,10 +293,10 @@ def test_random_crops_are_windows_of_their_images_and_the_same_for_a_seed():
 
 
 def test_training_on_crops_runs_resumes_and_saves_a_codec(train_args, tmp_path):
-    from hf_ae.codec.compression import compress, decompress
+    from hf_ae.codec import compress, decompress
     from hf_ae.train import train
 
-    overrides = "image_size=16,num_channels=1,hidden_sizes=[8,8],patch_size=2,num_res_blocks=1,latent_channels=12,hyper_channels=[8,4]"
+    overrides = VARIANTS["compressive"][1]
     common = dict(
         model_type="hf_ae_compressive",
         config_overrides=overrides,
@@ -301,13 +308,11 @@ def test_training_on_crops_runs_resumes_and_saves_a_codec(train_args, tmp_path):
     folder = tmp_path / "run"
     model = hf_ae.CompressiveAutoencoderModel.from_pretrained(folder)
     image = (np.arange(28 * 28).reshape(28, 28) % 251).astype(np.uint8)
-    from PIL import Image
-
     data = compress(model, Image.fromarray(image), model_id="")
     assert decompress(data, hf_ae.CompressiveAutoencoderModel.from_pretrained(folder)).size == (28, 28)
     weights = {name: value.clone() for name, value in model.state_dict().items()}
     (folder / "model.safetensors").unlink()
-    __import__("shutil").rmtree(folder / "checkpoint-4")
+    shutil.rmtree(folder / "checkpoint-4")
     train(train_args(**common, save_dtype="float16", resume_from_checkpoint="latest"))
     resumed = hf_ae.CompressiveAutoencoderModel.from_pretrained(folder).state_dict()
     assert all(torch.equal(resumed[name], value) for name, value in weights.items())

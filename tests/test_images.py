@@ -9,15 +9,8 @@ from conftest import SAMPLE
 from PIL import Image
 
 import hf_ae
-from hf_ae.data.images import (
-    ImagesInMemory,
-    ImageStream,
-    binarized_once,
-    image_column,
-    open_dataset,
-    shift_randomly,
-    to_pixel_values,
-)
+from hf_ae.data import ImagesInMemory, ImageStream, binarized_once, image_column, open_dataset, to_pixel_values
+from hf_ae.data.augmentation import shift_randomly
 
 
 def processor(channels=3, size=8, pixel_range=(0.0, 1.0)):
@@ -214,7 +207,7 @@ def test_random_symmetry_gives_the_eight_of_the_square_and_random_colors_the_six
 def test_patch_size_sets_the_grid_and_is_checked():
     fields = dict(network="resnet", image_size=16, hidden_sizes=[8], patch_size=4, latent_channels=2, num_res_blocks=1)
     config = hf_ae.AutoencoderConfig(**fields)
-    assert config.code_shape == [2, 4, 4] and config.block_out_channels == [8, 8, 8]
+    assert config.latent_shape == [2, 4, 4] and config.block_out_channels == [8, 8, 8]
     with pytest.raises(ValueError, match="power of two"):
         hf_ae.AutoencoderConfig(**{**fields, "patch_size": 3})
     with pytest.raises(ValueError, match="patch_size belongs to network='resnet'"):

@@ -1,4 +1,4 @@
-"""What one does with codes: identities that each of them must keep."""
+"""What one does with latents: identities that each of them must keep."""
 
 import math
 
@@ -7,10 +7,10 @@ import torch
 import variants
 
 from hf_ae import AutoencoderConfig, AutoencoderModel
-from hf_ae.latents.walks import arithmetic, decode, interpolate, manifold_grid, random_codes, traversal
+from hf_ae.latents import arithmetic, decode, interpolate, manifold_grid, random_codes, random_latents, traversal
 
 
-def codes(n=1, shape=(5,), seed=0):
+def draw(n=1, shape=(5,), seed=0):
     return torch.randn(n, *shape, generator=torch.Generator().manual_seed(seed))
 
 
@@ -23,7 +23,7 @@ def plane():
 @pytest.mark.parametrize("kind", ["linear", "spherical"])
 @pytest.mark.parametrize("shape", [(5,), (3, 4, 2)])
 def test_a_way_has_both_ends_exactly_and_its_middle_is_as_far_from_each(kind, shape):
-    a, b = codes(2, shape)
+    a, b = draw(2, shape)
     b = b * a.norm() / b.norm()
     way = interpolate(a, b, 7, kind)
     assert way.shape == (7, *shape) and way.dtype == a.dtype
@@ -33,7 +33,7 @@ def test_a_way_has_both_ends_exactly_and_its_middle_is_as_far_from_each(kind, sh
 
 
 def test_a_spherical_way_keeps_the_length_and_turns_evenly():
-    a, b = torch.nn.functional.normalize(codes(2), dim=1) * 3
+    a, b = torch.nn.functional.normalize(draw(2), dim=1) * 3
     way = interpolate(a, b, 9, "spherical")
     torch.testing.assert_close(way.norm(dim=1), torch.full((9,), 3.0))
     angles = torch.acos((way[1:] * way[:-1]).sum(1) / 9)
@@ -67,7 +67,7 @@ def test_a_way_that_cannot_be_is_one_clear_line(options, words):
 
 
 def test_arithmetic_undoes_itself_and_groups_count_by_their_means():
-    a, b, c = codes(4, seed=1), codes(3, seed=2), codes(2, seed=3)
+    a, b, c = draw(4, seed=1), draw(3, seed=2), draw(2, seed=3)
     torch.testing.assert_close(arithmetic(b, a, arithmetic(a, b, c)), c)
     torch.testing.assert_close(arithmetic(a, a, c), c)
     torch.testing.assert_close(arithmetic(a, b, b)[None].mean(1)[0], a.mean(0))
@@ -75,9 +75,9 @@ def test_arithmetic_undoes_itself_and_groups_count_by_their_means():
         arithmetic(a[:0], b, c)
 
 
-def test_a_traversal_changes_one_number_alone():
+def test_a_traversal_changes_one_value_alone():
     model = variants.make("vae-mlp").eval()
-    z = codes(1, tuple(model.config.code_shape))[0]
+    z = draw(1, tuple(model.config.latent_shape))[0]
     drawn = traversal(model, z, 2, [-1.0, float(z[2]), 1.0])
     torch.testing.assert_close(drawn[1:2], decode(model, z[None]))
     moved = z.clone()
@@ -87,9 +87,9 @@ def test_a_traversal_changes_one_number_alone():
         traversal(model, z, 5, [0.0])
 
 
-def test_a_traversal_counts_through_a_spatial_code():
+def test_a_traversal_counts_through_spatial_latents():
     model = variants.make("autoencoder-nearest").eval()
-    z = codes(1, tuple(model.config.code_shape))[0]
+    z = draw(1, tuple(model.config.latent_shape))[0]
     last = z.numel() - 1
     torch.testing.assert_close(traversal(model, z, last, [float(z.flatten()[last])]), decode(model, z[None]))
 
@@ -103,14 +103,15 @@ def test_the_plane_starts_at_the_upper_left(plane):
         manifold_grid(variants.make("vae-mlp"))
 
 
-def test_random_codes_have_the_spread_that_is_asked_for(plane):
-    codes_ = random_codes(plane, 20_000, seed=1)
-    assert torch.equal(codes_, random_codes(plane, 20_000, seed=1)) and not torch.equal(
-        codes_, random_codes(plane, 20_000, seed=2)
+def test_random_latents_have_the_spread_that_is_asked_for(plane):
+    latents = random_latents(plane, 20_000, seed=1)
+    assert torch.equal(latents, random_latents(plane, 20_000, seed=1)) and not torch.equal(
+        latents, random_latents(plane, 20_000, seed=2)
     )
-    assert codes_.mean().abs() < 0.02 and codes_.std() == pytest.approx(1, abs=0.02)
+    assert latents.mean().abs() < 0.02 and latents.std() == pytest.approx(1, abs=0.02)
     like = torch.tensor([[0.0, 10.0], [2.0, 30.0], [4.0, 20.0]])
-    wide = random_codes(plane, 20_000, like)
+    wide = random_latents(plane, 20_000, like)
     torch.testing.assert_close(wide.mean(0), like.mean(0), rtol=0.05, atol=0.1)
     torch.testing.assert_close(wide.std(0), like.std(0), rtol=0.05, atol=0.05)
-    assert torch.equal(random_codes(plane, 3, like[:1]), like[:1].expand(3, -1))
+    assert torch.equal(random_latents(plane, 3, like[:1]), like[:1].expand(3, -1))
+    assert random_codes is random_latents, "its former name"

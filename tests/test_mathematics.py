@@ -8,7 +8,8 @@ from torch.distributions import Bernoulli, MultivariateNormal, Normal, kl_diverg
 from variants import make, pixels
 
 import hf_ae
-from hf_ae.metrics import importance_weighted_bound, pca_reconstruction, reconstruction_metrics
+from hf_ae.evaluation.likelihood import importance_weighted_bound, log_likelihood
+from hf_ae.metrics import pca_reconstruction, psnr, reconstruction_metrics
 from hf_ae.models.bottlenecks import DiagonalGaussian, stratified_log_weights, total_correlation_terms
 from hf_ae.models.corruptions import corrupt
 
@@ -61,7 +62,7 @@ def test_contraction_is_differentiable_and_works_without_gradients():
 
 
 def test_total_correlation_matches_the_closed_form_on_gaussians():
-    """q(z) = N(0, C): TC = -½ log det(correlation), I(x; z) = ½ log(det C / det noise), dimension-wise KL from variances."""
+    """q(z) = N(0, C): TC = -½ log det(correlation), I(x; z) = ½ log(det C / det noise), the KL of each dimension."""
     torch.manual_seed(0)
     covariance = torch.tensor([[1.5, 0.9], [0.9, 1.2]])
     noise = torch.tensor([0.3, 0.4])
@@ -197,8 +198,6 @@ def test_importance_weighted_bound_is_exact_for_a_linear_gaussian_model():
 
 
 def test_bernoulli_likelihood_matches_torch_distributions():
-    from hf_ae.metrics import log_likelihood
-
     model = make("vae-mlp").eval()
     x, z = (pixels(model, 1) > 0.5).float()[0], torch.randn(3, 5)
     expected = Bernoulli(logits=model._decode(z)).log_prob(x.expand(3, -1, -1, -1)).sum((1, 2, 3))
@@ -220,6 +219,7 @@ def test_pca_with_all_components_is_exact_and_metrics_follow_their_definitions()
         metrics["squared_error_per_image"], 0.16, rel_tol=1e-4
     )
     assert math.isclose(metrics["psnr"], 20.0, rel_tol=1e-4) and "ssim" not in metrics
+    torch.testing.assert_close(psnr(torch.tensor([1.0, 0.001, 0.0])), torch.tensor([0.0, 30.0, 100.0]))
 
 
 def test_overcomplete_code_warns_once_in_plain_words(caplog):
@@ -237,29 +237,30 @@ def test_overcomplete_code_warns_once_in_plain_words(caplog):
     assert sum("copy its input" in r.message for r in caplog.records) == 1
 
 
-def test_layerwise_pretraining_trains_each_layer_on_the_codes_below():
-    from hf_ae.data.images import ImagesInMemory
-    from hf_ae.train import ImageTrainingArguments
+def test_layerwise_pretraining_trains_each_layer_on_the_activations_below():
+    from hf_ae.training.arguments import TrainingArguments
     from hf_ae.training.layerwise import level_functions, pretrain_layerwise
 
     torch.manual_seed(0)
     model = hf_ae.AutoencoderModel(
         hf_ae.AutoencoderConfig(image_size=8, hidden_sizes=[24, 12], latent_dim=4, activation="sigmoid")
     )
-    images = ImagesInMemory((torch.rand(300, 1, 8, 1).expand(-1, -1, -1, 8) * 255).to(torch.uint8))
+    images = (torch.rand(300, 1, 8, 1).expand(-1, -1, -1, 8) * 255).to(torch.uint8)
     lines = []
-    args = ImageTrainingArguments(pretrain_layerwise_epochs=30, train_batch_size=20, learning_rate=0.01)
+    args = TrainingArguments(train_batch_size=20, learning_rate=0.01)
     shapes = [tuple(t.shape) for level in range(3) for t in level_functions(model, level, 3)[2][::2]]
     assert shapes == [(24, 64), (64, 24), (12, 24), (24, 12), (4, 12), (12, 4)]
-    before = model(images.pixels.float() / 255).loss.item()
-    pretrain_layerwise(model, images, args, "cpu", lines.append)
+    before = model(images.float() / 255).loss.item()
+    pretrain_layerwise(model, images, args, 30, lines.append)
     assert len(lines) == 3
-    assert model(images.pixels.float() / 255).loss.item() < 0.6 * before
+    assert model(images.float() / 255).loss.item() < 0.6 * before
+    with pytest.raises(ValueError, match="network='mlp' with hidden_sizes"):
+        pretrain_layerwise(make("contractive-exact"), images, args, 1)
 
 
 def test_muon_takes_a_kernel_as_the_matrix_that_torch_takes():
     """Three steps on a convolution kernel are those of torch's Muon on the flattened kernel."""
-    from hf_ae.training.run import KernelMuon
+    from hf_ae.training.optimizers import KernelMuon
 
     torch.manual_seed(0)
     kernel = torch.nn.Parameter(torch.randn(6, 4, 3, 3))

@@ -1,18 +1,21 @@
 """What every variant must do: one list, the same tests."""
 
 import json
-import os
-import shutil
-import subprocess
-import sys
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
+from processes import STRANGER, run_python
+from safetensors.torch import save_file
+from transformers import AutoModel
 from variants import VARIANTS, make, pixels
 
 import hf_ae
+from hf_ae.codec import compress, unpack
 
 ALL = pytest.mark.parametrize("name", VARIANTS)
+PRIOR = dict(prior_layers=1, prior_hidden_size=16, prior_heads=2, prior_classes=2)
 
 
 @ALL
@@ -64,6 +67,50 @@ def test_encode_then_decode_is_forward_and_eval_is_deterministic(name):
         assert isinstance(returned, tuple)
 
 
+CASES = [(name, False) for name in VARIANTS] + [(name, True) for name in VARIANTS if name.startswith("vq")]
+
+
+@pytest.mark.parametrize("name, prior", CASES, ids=[name + "-with-prior" * prior for name, prior in CASES])
+def test_what_a_model_says_it_can_do_is_what_it_does(name, prior):
+    model = make(name, **PRIOR if prior else {})
+    x = pixels(model)
+    model(x)
+    encoded, losses = model.eval().encode(x), model(x).losses
+    assert model.can_sample == (encoded.latent_dist is not None)
+    assert model.can_denoise == hasattr(model, "corrupt")
+    assert model.has_discrete_codes == (encoded.indices is not None)
+    assert model.can_generate_images == prior
+    if prior:
+        assert model.generate(2, seed=0).shape == x[:2].shape
+    elif hasattr(model, "generate"):
+        with pytest.raises(ValueError, match="no prior"):
+            model.generate(2)
+    if model.kl_weight_field is not None:
+        product = getattr(model.config, model.kl_weight_field) * encoded.latent_dist.kl().mean()
+        torch.testing.assert_close(losses["kl"], product)
+    elif "kl" in losses:
+        assert not torch.isclose(losses["kl"], model.config.beta * encoded.latent_dist.kl().mean())
+    if hasattr(model.config, "dataset_size"):
+        model.config.dataset_size = None
+    if model.needs_dataset_size:
+        with pytest.raises(ValueError, match="needs dataset_size"):
+            model(x)
+    else:
+        assert model(x).loss.isfinite()
+
+
+@ALL
+def test_the_codec_writes_what_the_model_says(name):
+    model = make(name).eval()
+    channels, (height, width) = model.config.num_channels, model.config.image_hw
+    image = Image.fromarray(np.full((height, width, 3), 77, np.uint8)).convert("L" if channels == 1 else "RGB")
+    if model.codec_method is None:
+        with pytest.raises(ValueError, match="cannot be a codec"):
+            compress(model, image)
+    else:
+        assert unpack(compress(model, image, model_id="")).method == model.codec_method
+
+
 @ALL
 def test_batches_do_not_mix(name):
     model = make(name).eval()
@@ -80,50 +127,44 @@ def test_save_and_reload_give_equal_outputs_sharded_too(name, tmp_path):
     x = pixels(model)
     for folder, options in ((tmp_path / "whole", {}), (tmp_path / "shards", {"max_shard_size": "2KB"})):
         model.save_pretrained(folder, **options)
-        again = hf_ae.MODELS[model.config.model_type].from_pretrained(folder).eval()
+        again = AutoModel.from_pretrained(folder).eval()
+        assert type(again) is hf_ae.MODELS[model.config.model_type]
         torch.testing.assert_close(again(x).reconstruction, model(x).reconstruction, rtol=0, atol=0)
         assert again.config.to_dict() == {**model.config.to_dict(), "_name_or_path": str(folder)}
     assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 1
 
 
-def test_every_variant_reloads_in_a_new_process_and_without_the_package(tmp_path):
-    """Two new processes load all variants by Auto classes; one of them cannot import hf_ae and runs the saved code."""
-    for name in VARIANTS:
-        model = make(name).eval()
-        model.save_pretrained(tmp_path / name)
-        hf_ae.AutoencoderImageProcessor.from_config(model.config).save_pretrained(tmp_path / name)
-        torch.save(
-            {"x": pixels(model), "y": model(pixels(model)).reconstruction.detach()}, tmp_path / name / "pair.pt"
-        )
+def test_every_variant_runs_where_the_package_is_not_installed(tmp_path):
+    """A process that cannot import hf_ae loads all variants, and one with a prior, by Auto classes and saved code."""
+    models = {name: make(name) for name in VARIANTS} | {"with-prior": make("vqvae2", **PRIOR)}
+    for name, model in models.items():
+        folder, x = tmp_path / "models" / name, pixels(model.eval())
+        model.save_pretrained(folder)
+        hf_ae.AutoencoderImageProcessor.from_config(model.config).save_pretrained(folder)
+        expected = {"reconstruction": model(x).reconstruction.detach()}
+        expected |= {"generated": model.generate(3, [0, 1], seed=0)} if model.can_generate_images else {}
+        save_file({"pixels": x, **expected}, folder / "expected.safetensors")
     child = """
-import json, sys, torch
+import json, torch
 from pathlib import Path
-remote = sys.argv[2] == "remote"
-if remote:
-    sys.modules["hf_ae"] = None
-else:
-    import hf_ae
+from safetensors.torch import load_file
 from transformers import AutoImageProcessor, AutoModel
 results = {}
 for folder in sorted(Path(sys.argv[1]).iterdir()):
-    if not folder.is_dir(): continue
-    model = AutoModel.from_pretrained(folder, trust_remote_code=remote).eval()
-    processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=remote)
-    pair = torch.load(folder / "pair.pt", weights_only=True)
-    height, width = processor.target_size()
-    shape = processor(torch.rand(model.config.num_channels, height, width)).pixel_values.shape
-    results[folder.name] = [bool(torch.equal(model(pair["x"]).reconstruction, pair["y"])), list(shape)[1:] == list(pair["x"].shape[1:])]
+    expected = load_file(folder / "expected.safetensors")
+    model = AutoModel.from_pretrained(folder, trust_remote_code=True).eval()
+    processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=True)
+    x = expected["pixels"]
+    same = [torch.equal(model(x).reconstruction, expected["reconstruction"])]
+    same.append(processor(torch.rand(1, *x.shape[1:])).pixel_values.shape[1:] == x.shape[1:])
+    if "generated" in expected:
+        same.append(torch.equal(model.generate(3, [0, 1], seed=0), expected["generated"]))
+    results[folder.name] = [type(model).__module__.startswith("transformers_modules."), *map(bool, same)]
 print(json.dumps(results))
 """
-    for mode in ("local", "remote"):
-        env = {**os.environ, "HF_HOME": str(tmp_path / "home.cache")}
-        run = subprocess.run(
-            [sys.executable, "-c", child, str(tmp_path), mode], capture_output=True, text=True, env=env, cwd="/"
-        )
-        assert run.returncode == 0, run.stderr[-2000:]
-        results = json.loads(run.stdout.splitlines()[-1])
-        assert set(results) == set(VARIANTS) and all(all(v) for v in results.values()), results
-        shutil.rmtree(tmp_path / "home.cache", ignore_errors=True)
+    printed = run_python(STRANGER + child, tmp_path / "models", HF_HOME=str(tmp_path / "home"))
+    results = json.loads(printed.splitlines()[-1])
+    assert set(results) == set(models) and all(all(same) for same in results.values()), results
 
 
 @ALL
@@ -190,8 +231,6 @@ def test_unpooling_without_positions_uses_the_upper_left_corner():
 
 
 def test_stored_half_precision_loads_as_float32(tmp_path):
-    from transformers import AutoModel
-
     from hf_ae.training.checkpoints import save_model
 
     model = make("vae-mlp").eval()
@@ -242,9 +281,9 @@ def test_drops_into_a_stock_stable_diffusion_pipeline():
         )
     ).eval()
     unet = UNet2DConditionModel(
-        sample_size=8, in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=(8, 16), norm_num_groups=4,
+        sample_size=8, in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=(8, 16),
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=12, attention_head_dim=4,
+        norm_num_groups=4, cross_attention_dim=12, attention_head_dim=4,
     )  # fmt: skip
     pipe = StableDiffusionPipeline(vae, None, None, unet, DDIMScheduler(), None, None, requires_safety_checker=False)
     pipe.set_progress_bar_config(disable=True)

@@ -4,12 +4,6 @@ from .compression import compress, compress_batch, decompress, decompress_batch,
 from .container import CorruptFileError, unpack
 
 __all__ = [
-    "CorruptFileError",
-    "compress",
-    "compress_batch",
-    "decompress",
-    "decompress_batch",
-    "fingerprint",
-    "roundtrip",
+    "CorruptFileError", "compress", "compress_batch", "decompress", "decompress_batch", "fingerprint", "roundtrip",
     "unpack",
-]
+]  # fmt: skip

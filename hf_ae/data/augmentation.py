@@ -10,15 +10,9 @@ from torch.nn import functional as F
 
 
 def to_pixel_values(
-    pixels: Tensor,
-    device: torch.device | str,
-    pixel_range: Sequence[float],
-    flip: bool = False,
-    symmetry: bool = False,
-    colors: bool = False,
-    shift: int = 0,
-    binarize: bool = False,
-) -> Tensor:
+    pixels: Tensor, device: torch.device | str, pixel_range: Sequence[float], flip: bool = False,
+    symmetry: bool = False, colors: bool = False, shift: int = 0, binarize: bool = False,
+) -> Tensor:  # fmt: skip
     """uint8 batch (batch, channels, height, width) -> float `pixel_values` in `pixel_range` on `device`.
 
     flip: mirror half of the images. symmetry: one of the eight symmetries of the square for each image. colors:

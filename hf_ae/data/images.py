@@ -79,14 +79,9 @@ class ImagesInMemory:
 
     @classmethod
     def load(
-        cls,
-        rows: Any,
-        column: str,
-        processor: AutoencoderImageProcessor,
-        skip_broken: bool = False,
-        limit: int | None = None,
-        progress: bool = False,
-    ) -> Self:
+        cls, rows: Any, column: str, processor: AutoencoderImageProcessor, skip_broken: bool = False,
+        limit: int | None = None, progress: bool = False,
+    ) -> Self:  # fmt: skip
         """Decode `column` of `rows` (the first `limit`), with a progress bar where asked for. Raises ValueError."""
         channels, kind = processor.num_channels, str((rows.features or {}).get(column))
         good = channels in MODES or "Image" not in kind

@@ -22,14 +22,9 @@ class ImageStream:
     batch."""
 
     def __init__(
-        self,
-        rows: Any,
-        column: str,
-        processor: AutoencoderImageProcessor,
-        skip_broken: bool = False,
-        limit: int | None = None,
-        buffer_size: int = 1000,
-    ) -> None:
+        self, rows: Any, column: str, processor: AutoencoderImageProcessor, skip_broken: bool = False,
+        limit: int | None = None, buffer_size: int = 1000,
+    ) -> None:  # fmt: skip
         rows = undecoded(rows, column)
         self.rows, self.column, self.buffer_size = rows if limit is None else rows.take(limit), column, buffer_size
         self.decode = Decoder(processor, skip_broken)

@@ -38,20 +38,13 @@ class LatentDiffusion(nn.Module):
     alphas_cumprod: Tensor
 
     def __init__(
-        self,
-        unet: Any,
-        scheduler: Any,
-        text_encoder: Any = None,
-        snr_gamma: float | None = None,
+        self, unet: Any, scheduler: Any, text_encoder: Any = None, snr_gamma: float | None = None,
         timestep_shift: float = 1.0,
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__()
         self.unet, self.text_encoder, self.snr_gamma, self.timestep_shift = (
-            unet,
-            text_encoder,
-            snr_gamma,
-            timestep_shift,
-        )
+            unet, text_encoder, snr_gamma, timestep_shift,
+        )  # fmt: skip
         self.prediction = scheduler.config.prediction_type
         self.register_buffer("alphas_cumprod", scheduler.alphas_cumprod.float(), persistent=False)
         fields = {
@@ -108,16 +101,10 @@ def make_unet(channels: int, size: tuple[int, int], text_width: int, overrides: 
     from diffusers import UNet2DConditionModel
 
     fields: dict[str, Any] = dict(
-        sample_size=size[0] if size[0] == size[1] else list(size),
-        in_channels=channels,
-        out_channels=channels,
-        block_out_channels=[128, 256],
-        layers_per_block=1,
-        cross_attention_dim=text_width,
-        attention_head_dim=8,
-        addition_embed_type="text",
-        addition_embed_type_num_heads=8,
-    )
+        sample_size=size[0] if size[0] == size[1] else list(size), in_channels=channels, out_channels=channels,
+        block_out_channels=[128, 256], layers_per_block=1, cross_attention_dim=text_width, attention_head_dim=8,
+        addition_embed_type="text", addition_embed_type_num_heads=8,
+    )  # fmt: skip
     fields.update(overrides)
     levels = len(fields["block_out_channels"])
     fields.setdefault("down_block_types", ["DownBlock2D"] + ["CrossAttnDownBlock2D"] * (levels - 1))
@@ -135,12 +122,7 @@ def make_scheduler(prediction_type: str, beta_schedule: str, zero_terminal_snr: 
 
     start, end = (0.00085, 0.012) if beta_schedule == "scaled_linear" else (0.0001, 0.02)
     return DDIMScheduler(
-        beta_schedule=beta_schedule,
-        beta_start=start,
-        beta_end=end,
-        prediction_type=prediction_type,
-        rescale_betas_zero_snr=zero_terminal_snr,
-        timestep_spacing="trailing",
-        clip_sample=False,
+        beta_schedule=beta_schedule, beta_start=start, beta_end=end, prediction_type=prediction_type,
+        rescale_betas_zero_snr=zero_terminal_snr, timestep_spacing="trailing", clip_sample=False,
         set_alpha_to_one=True,
-    )
+    )  # fmt: skip

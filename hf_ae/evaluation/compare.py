@@ -32,13 +32,9 @@ Row = dict[str, Any]
 
 
 def compare(
-    models: Sequence[str],
-    dataset_name: str,
-    split: str | None = None,
-    max_images: int | None = None,
-    sampler: str | None = None,
-    feature_network: str | None = None,
-) -> tuple[dict[str, Row], dict[str, Tensor]]:
+    models: Sequence[str], dataset_name: str, split: str | None = None, max_images: int | None = None,
+    sampler: str | None = None, feature_network: str | None = None,
+) -> tuple[dict[str, Row], dict[str, Tensor]]:  # fmt: skip
     """({model: its row of the table}, rows of the figure). Raises ValueError where a model or the data cannot be
     loaded.
 
@@ -83,14 +79,9 @@ def load(name: str) -> tuple[Any, Any, bool]:
 
 
 def measure(
-    model: Any,
-    folder: str,
-    sampler: str | None,
-    real: Tensor,
-    train: Tensor,
-    network: torch.nn.Module,
+    model: Any, folder: str, sampler: str | None, real: Tensor, train: Tensor, network: torch.nn.Module,
     captions: Sequence[str] | None = None,
-) -> tuple[Row, dict[str, Tensor]]:
+) -> tuple[Row, dict[str, Tensor]]:  # fmt: skip
     """(row of the table, images) of one model, or of a pipeline that draws `captions`."""
     autoencoder = model if captions is None else model.vae
     parts = [model] if captions is None else [c for c in model.components.values() if isinstance(c, torch.nn.Module)]

@@ -140,13 +140,10 @@ def evaluate(model: str | Path, dataset_name: str, save: bool = True, **options:
     tasks, data = applicable(loaded, request), Data(request, processor)
     pixels = data.pixels(data.split, request.max_images)
     metrics: dict[str, Any] = {
-        "dataset": request.dataset_name,
-        "split": str(data.split),
-        "images": len(pixels),
-        "binarized": request.binarize,
-        "code_size": math.prod(loaded.config.latent_shape),
+        "dataset": request.dataset_name, "split": str(data.split), "images": len(pixels),
+        "binarized": request.binarize, "code_size": math.prod(loaded.config.latent_shape),
         "command": request.command(),
-    }
+    }  # fmt: skip
     rows: dict[str, Tensor] = {}
     if "reconstruction" in tasks:
         rows = measure_reconstruction(loaded, data, pixels, metrics)
@@ -266,12 +263,9 @@ def likelihood(model: Any, pixels: Tensor, samples: int) -> dict[str, Any]:
     bar = tqdm(values, desc="likelihood", mininterval=1.0, leave=False)
     elbo, bound = importance_weighted_bound(model, bar, samples)
     return {
-        "model": LIKELIHOODS[model.config.reconstruction_loss],
-        "elbo": elbo.mean().item(),
-        "log_likelihood_bound": bound.mean().item(),
-        "samples": samples,
-        "images": len(pixels),
-    }
+        "model": LIKELIHOODS[model.config.reconstruction_loss], "elbo": elbo.mean().item(),
+        "log_likelihood_bound": bound.mean().item(), "samples": samples, "images": len(pixels),
+    }  # fmt: skip
 
 
 def compression(model: Any, rows: Any, column: str, count: int) -> dict[str, Any]:

@@ -37,11 +37,8 @@ class FeatureNetwork(nn.Module):
             conv = nn.Conv2d(inputs, outputs, size, stride, size // 2, bias=False)
             layers += [conv, nn.BatchNorm2d(outputs), nn.ReLU()]
         head = [
-            nn.Flatten(),
-            nn.Linear(widths[-1] * 16, self.num_features),
-            nn.BatchNorm1d(self.num_features),
-            nn.ReLU(),
-        ]
+            nn.Flatten(), nn.Linear(widths[-1] * 16, self.num_features), nn.BatchNorm1d(self.num_features), nn.ReLU(),
+        ]  # fmt: skip
         self.layers, self.to_logits = nn.Sequential(*layers, *head), nn.Linear(self.num_features, num_classes)
 
     def forward(self, images: Tensor) -> Tensor:

@@ -80,13 +80,9 @@ def find_sampler(
 
 
 def measure_generation(
-    generator: ImageGenerator,
-    real: Tensor,
-    train: Tensor,
-    network: torch.nn.Module,
-    labels: Tensor | None = None,
+    generator: ImageGenerator, real: Tensor, train: Tensor, network: torch.nn.Module, labels: Tensor | None = None,
     train_labels: Tensor | None = None,
-) -> tuple[dict[str, Any], Tensor]:
+) -> tuple[dict[str, Any], Tensor]:  # fmt: skip
     """(metrics, generated images): as many images as there are of `real` (images, channels, height, width), in 0…1.
 
     fid, kid, precision, recall, density, coverage in features of `network`; `floor`: the same for as many training

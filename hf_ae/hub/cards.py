@@ -16,24 +16,16 @@ from .files import read_json
 from .pipeline_folder import components
 
 METRIC_NAMES = {
-    "mse": "MSE",
-    "squared_error_per_image": "squared error per image",
-    "psnr": "PSNR (dB)",
-    "ssim": "SSIM",
+    "mse": "MSE", "squared_error_per_image": "squared error per image", "psnr": "PSNR (dB)", "ssim": "SSIM",
     "log_likelihood_bound": "bound on log p(x) (nats)",
-}
+}  # fmt: skip
 TITLES = {
-    "hf_ae_autoencoder": "An autoencoder",
-    "hf_ae_sparse": "A sparse autoencoder",
-    "hf_ae_denoising": "A denoising autoencoder",
-    "hf_ae_contractive": "A contractive autoencoder",
-    "hf_ae_vae": "A variational autoencoder",
-    "hf_ae_beta_vae": "A β-VAE",
+    "hf_ae_autoencoder": "An autoencoder", "hf_ae_sparse": "A sparse autoencoder",
+    "hf_ae_denoising": "A denoising autoencoder", "hf_ae_contractive": "A contractive autoencoder",
+    "hf_ae_vae": "A variational autoencoder", "hf_ae_beta_vae": "A β-VAE",
     "hf_ae_vaegan": "A variational autoencoder with a discriminator",
-    "hf_ae_compressive": "A compressive autoencoder",
-    "hf_ae_vqvae": "A VQ-VAE",
-    "hf_ae_vqvae2": "A VQ-VAE-2",
-}
+    "hf_ae_compressive": "A compressive autoencoder", "hf_ae_vqvae": "A VQ-VAE", "hf_ae_vqvae2": "A VQ-VAE-2",
+}  # fmt: skip
 FIGURES = {
     "reconstructions.png": "Held-out images and what becomes of them",
     "samples.png": "Generated images",
@@ -280,7 +272,7 @@ def pipeline_card(
     )
     trained = f", trained on `{dataset}`" if dataset else ""
     about = f"A latent-diffusion pipeline that draws images from prompts{trained}"
-    how = "a U-Net turns noise into latents, guided by the text, and the decoder of an autoencoder turns these into an image"
+    how = "a U-Net turns noise into latents, guided by the text, and an autoencoder decodes these into an image"
     summary = f"{about}: {how}. {MADE_WITH}"
     captions = FIGURES | {"samples.png": "Images drawn from prompts"}
     sections = [summary, *figures(folder, captions), PIPELINE_USE.format(name=name), component_table(folder)]

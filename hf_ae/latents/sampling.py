@@ -42,14 +42,9 @@ class Sampler:
     """
 
     def __init__(
-        self,
-        kind: str,
-        weights: Tensor,
-        means: Tensor,
-        factors: Tensor,
-        latent_shape: Sequence[int],
+        self, kind: str, weights: Tensor, means: Tensor, factors: Tensor, latent_shape: Sequence[int],
         classes: Tensor | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.kind, self.latent_shape, self.classes = kind, list(latent_shape), classes
         self.weights, self.means, self.factors = weights.float(), means.float(), factors.float()
 
@@ -197,18 +192,10 @@ def sample(model: Any, n: int, sampler: Sampler | None = None, seed: int = 0, la
 
 
 def fit_sampler(
-    name: str | Path,
-    dataset_name: str,
-    kind: str = "mixture",
-    components: int = 10,
-    train_split: str = "train",
-    dataset_config_name: str | None = None,
-    image_column: str | None = None,
-    label_column: str | None = None,
-    max_images: int | None = None,
-    binarize: bool = False,
-    seed: int = 0,
-) -> Path:
+    name: str | Path, dataset_name: str, kind: str = "mixture", components: int = 10, train_split: str = "train",
+    dataset_config_name: str | None = None, image_column: str | None = None, label_column: str | None = None,
+    max_images: int | None = None, binarize: bool = False, seed: int = 0,
+) -> Path:  # fmt: skip
     """Fit a sampler to the latents of training images and write it beside the model in the folder `name`."""
     model, processor = load_model(name)
     require(

@@ -69,14 +69,11 @@ class AutoencoderConfig(PreTrainedConfig):
     `decode`."""
 
     choices: ClassVar[dict[str, tuple[Any, ...]]] = {
-        "network": ("mlp", "conv", "resnet"),
-        "activation": ("sigmoid", "relu", "gelu", "silu"),
-        "latent_activation": ("identity", "sigmoid", "relu"),
-        "downsample": (None, "stride", "maxpool"),
-        "upsample": (None, "transpose", "unpool", "nearest"),
-        "reconstruction_loss": ("mse", "bce", "l1"),
+        "network": ("mlp", "conv", "resnet"), "activation": ("sigmoid", "relu", "gelu", "silu"),
+        "latent_activation": ("identity", "sigmoid", "relu"), "downsample": (None, "stride", "maxpool"),
+        "upsample": (None, "transpose", "unpool", "nearest"), "reconstruction_loss": ("mse", "bce", "l1"),
         "pixel_range": ([0.0, 1.0], [-1.0, 1.0]),
-    }
+    }  # fmt: skip
     _auto_class = "AutoConfig"
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -180,8 +177,8 @@ class AutoencoderConfig(PreTrainedConfig):
         )
         require(
             height % factor == 0 and width % factor == 0,
-            f"image_size {height}×{width} does not divide by {factor} (hidden_sizes={self.hidden_sizes}{patches}): use "
-            f"multiples of {factor}, such as {low} or {high} high, {left} or {right} wide, or fewer hidden_sizes.",
+            f"image_size {height}×{width} does not divide by {factor} (hidden_sizes={self.hidden_sizes}{patches}): "
+            f"use multiples of {factor}, such as {low} or {high} high, {left} or {right} wide, or fewer hidden_sizes.",
         )
 
     @property

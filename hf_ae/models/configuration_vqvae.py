@@ -53,12 +53,9 @@ class VQVAEConfig(AutoencoderConfig):
     """`guidance_scale` of `generate` where none is given (default 1)."""
 
     choices = {
-        **AutoencoderConfig.choices,
-        "network": ("mlp", "conv", "resnet"),
-        "latent_activation": ("identity",),
-        "quantizer": ("ema", "gradient", "fsq"),
-        "code_distance": ("euclidean", "cosine"),
-    }
+        **AutoencoderConfig.choices, "network": ("mlp", "conv", "resnet"), "latent_activation": ("identity",),
+        "quantizer": ("ema", "gradient", "fsq"), "code_distance": ("euclidean", "cosine"),
+    }  # fmt: skip
     num_levels = 1
 
     def fill_defaults(self) -> None:

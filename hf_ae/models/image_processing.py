@@ -54,13 +54,9 @@ class AutoencoderImageProcessor(PilBackend):
         return cls(size=size, **fields)
 
     def preprocess(
-        self,
-        images: Any,
-        return_tensors: str | None = "pt",
-        size: int | dict[str, int] | None = None,
-        do_resize: bool | None = None,
-        **kwargs: Any,
-    ) -> BatchFeature:
+        self, images: Any, return_tensors: str | None = "pt", size: int | dict[str, int] | None = None,
+        do_resize: bool | None = None, **kwargs: Any,
+    ) -> BatchFeature:  # fmt: skip
         """Images -> BatchFeature with `pixel_values`. Raises ValueError for what is no image or does not fit.
 
         `size`: a number for height and width or {"height": …, "width": …}, default: that of the processor.

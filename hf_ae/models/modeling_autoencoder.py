@@ -183,12 +183,9 @@ class AutoencoderModel(PreTrainedModel):
 
     @with_offload_hook
     def decode(
-        self,
-        latents: Tensor,
-        return_dict: bool = True,
-        generator: torch.Generator | None = None,
+        self, latents: Tensor, return_dict: bool = True, generator: torch.Generator | None = None,
         pool_positions: list[Tensor] | None = None,
-    ) -> DecoderOutput | tuple[Tensor]:
+    ) -> DecoderOutput | tuple[Tensor]:  # fmt: skip
         """latents -> `.sample`, images in `config.pixel_range`.
 
         `pool_positions` are those of `encode`, for `upsample="unpool"`: a part of what the encoder tells of the image.

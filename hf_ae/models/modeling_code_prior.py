@@ -101,15 +101,9 @@ class CodePrior(GPT2PreTrainedModel):
 
     @torch.no_grad()
     def sample(
-        self,
-        n: int,
-        labels: Tensor | None = None,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        guidance_scale: float = 1.0,
-        generator: torch.Generator | None = None,
-        use_cache: bool = True,
-    ) -> Tensor:
+        self, n: int, labels: Tensor | None = None, temperature: float = 1.0, top_k: int | None = None,
+        guidance_scale: float = 1.0, generator: torch.Generator | None = None, use_cache: bool = True,
+    ) -> Tensor:  # fmt: skip
         """`n` rows of codes (n, length), for class indices (n,) or None. Raises ValueError.
 
         For the other arguments see `VQVAEModel.generate`; `use_cache` keeps keys and values.

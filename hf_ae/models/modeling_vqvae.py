@@ -103,15 +103,10 @@ class VQVAEModel(AutoencoderModel):
     @torch.no_grad()
     @with_offload_hook
     def generate(
-        self,
-        n: int | None = None,
-        labels: int | str | Iterable[int | str] | None = None,
-        temperature: float | None = None,
-        top_k: int | None = None,
-        guidance_scale: float | None = None,
-        seed: int | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:
+        self, n: int | None = None, labels: int | str | Iterable[int | str] | None = None,
+        temperature: float | None = None, top_k: int | None = None, guidance_scale: float | None = None,
+        seed: int | None = None, generator: torch.Generator | None = None,
+    ) -> Tensor:  # fmt: skip
         """`n` new images (n, channels, height, width) in `config.pixel_range`, of codes that the prior draws.
 
         n: default one for each label, else 1. labels: class indices or names, taken in turn; default: any class.
