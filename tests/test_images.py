@@ -2,6 +2,7 @@
 
 import io
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -9,7 +10,15 @@ from conftest import SAMPLE
 from PIL import Image
 
 import hf_ae
-from hf_ae.data import ImagesInMemory, ImageStream, binarized_once, image_column, open_dataset, to_pixel_values
+from hf_ae.data import (
+    ImagesInMemory,
+    ImageStream,
+    binarized_once,
+    image_column,
+    open_dataset,
+    read_labels,
+    to_pixel_values,
+)
 from hf_ae.data.augmentation import shift_randomly
 
 
@@ -57,8 +66,9 @@ def test_paths_bytes_arrays_and_tensors_give_the_same_pixels(tmp_path):
     buffer = io.BytesIO()
     image.save(buffer, "png")
     first = torch.from_numpy(rgb).permute(2, 0, 1)
-    inputs = [image, tmp_path / "a.png", str(tmp_path / "a.png"), buffer.getvalue(), rgb, rgb.transpose(2, 0, 1), first,
-              (rgb / 255).astype(np.float32), rgb.astype(np.uint16) * 257]  # fmt: skip
+    files = [image, tmp_path / "a.png", str(tmp_path / "a.png"), buffer.getvalue()]
+    arrays = [rgb, rgb.transpose(2, 0, 1), first, (rgb / 255).astype(np.float32), rgb.astype(np.uint16) * 257]
+    inputs = files + arrays
     out = processor()(inputs).pixel_values
     torch.testing.assert_close(out, (first.float() / 255).expand(len(inputs), -1, -1, -1))
     torch.testing.assert_close(processor()(np.stack([rgb, rgb])).pixel_values, out[:2])
@@ -159,8 +169,6 @@ def test_an_epoch_shows_each_image_once_in_an_order_that_resumes_and_splits(kind
 
 
 def test_columns_of_numbers_keep_their_scale():
-    import datasets
-
     values = np.random.default_rng(0).random((3, 8, 8), dtype=np.float32)
     for scale, column in ((1, values), (255, (values * 255).round().astype(int))):
         dataset = datasets.Dataset.from_dict({"image": [v.tolist() for v in column]})
@@ -168,6 +176,35 @@ def test_columns_of_numbers_keep_their_scale():
         assert np.abs(pixels[:, 0].numpy() / 255 - column / scale).max() < 0.003
     with pytest.raises(ValueError, match="Row 0"):
         ImagesInMemory.load(datasets.Dataset.from_dict({"image": [[[300] * 8] * 8]}), "image", processor(1))
+
+
+CLASSES = datasets.ClassLabel(names=["owl", "cat", "dog"])
+
+
+@pytest.mark.parametrize(
+    "kind, train, test, names, indices",
+    [
+        (datasets.Value("string"), ["cat", "owl", "dog", "cat"], ["owl", "dog"], ["cat", "dog", "owl"], [2, 1]),
+        (datasets.Value("int64"), [7, 3, 11], [11, 7], ["3", "7", "11"], [2, 1]),
+        (CLASSES, ["cat", "owl", "dog"], ["dog", "cat"], ["owl", "cat", "dog"], [2, 1]),
+    ],
+    ids=["names", "whole numbers", "ClassLabel"],
+)
+def test_labels_have_the_same_indices_in_a_split_that_lacks_a_class(kind, train, test, names, indices):
+    features = datasets.Features({"kind": kind})
+    splits = {n: datasets.Dataset.from_dict({"kind": v}, features) for n, v in (("train", train), ("test", test))}
+    found, found_names = read_labels(splits, "test", "kind")
+    assert found.tolist() == indices and found_names == names == read_labels(splits, "train", "kind")[1]
+    assert [names[i] for i in read_labels(splits, "train", "kind")[0]] == [str(value) for value in train]
+
+
+def test_columns_that_hold_no_classes_are_refused():
+    rows = datasets.Dataset.from_dict({"weight": [0.5, 1.0], "tags": [["a"], ["b"]], "gap": ["a", None]})
+    for column in ("weight", "gap"):
+        with pytest.raises(ValueError, match=f"'{column}' holds no classes"):
+            read_labels({"train": rows}, "train", column)
+    with pytest.raises(ValueError, match=r"no column 'kind': write --label_column with weight, tags, gap"):
+        read_labels({"train": rows}, "train", "kind")
 
 
 def test_preparation_of_batches():
