@@ -29,16 +29,15 @@ from hf_ae.data import (
     to_pixel_values,
 )
 from hf_ae.errors import one_line_errors, require
-from hf_ae.hub.cards import write_card
-from hf_ae.hub.push import check_login, push_folder
+from hf_ae.hub.push import check_login, publish
 from hf_ae.loading import load_model
 from hf_ae.plots import labelled_rows
-from hf_ae.training.arguments import TrainingArguments, flag, parse_arguments, parse_overrides, write_recipe
+from hf_ae.training.arguments import TrainingArguments, flag, parse_arguments, parse_overrides
 from hf_ae.training.checkpoints import load_checkpoint, save_checkpoint, save_model
 from hf_ae.training.collapse import Watch, generative_collapse
 from hf_ae.training.layerwise import pretrain_layerwise
 from hf_ae.training.optimizers import averaged
-from hf_ae.training.output_folder import begin_run, check_request, end_run
+from hf_ae.training.output_folder import begin_run, check_request
 from hf_ae.training.run import Run
 from hf_ae.training.tracking import log_evaluation, log_step, make_accelerator, show_samples
 
@@ -259,14 +258,9 @@ def finish(args: ImageTrainingArguments, run: Run, processor: Any, images: Any) 
             count_codes(model, images)
         save_model(model, folder, args.save_dtype)
         processor.save_pretrained(folder)
-        write_recipe(args, folder / "recipe.yaml")
-        write_card(folder)
-        end_run(folder)
         advice = f"measure it with  hf-ae evaluate {folder} --dataset_name {args.dataset_name}"
         accelerator.print(f"The model is in {folder}: {advice}")
-        if args.push_to_hub:
-            repo = args.hub_model_id or folder.resolve().name
-            accelerator.print(f"Pushed to {push_folder(folder, repo, args.hub_private)}")
+        publish(args, accelerator.print)
     run.end()
 
 

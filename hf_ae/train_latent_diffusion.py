@@ -30,15 +30,14 @@ from hf_ae.diffusion.text_encoders import (
     tokenize,
 )
 from hf_ae.errors import one_line_errors, require
-from hf_ae.hub.cards import write_card
 from hf_ae.hub.pipeline_folder import save_pipeline
-from hf_ae.hub.push import check_login, push_folder
+from hf_ae.hub.push import check_login, publish
 from hf_ae.loading import image_processor_for, load_autoencoder, load_pipeline
 from hf_ae.plots import image_grid
-from hf_ae.training.arguments import TrainingArguments, flag, parse_arguments, parse_overrides, write_recipe
+from hf_ae.training.arguments import TrainingArguments, flag, parse_arguments, parse_overrides
 from hf_ae.training.checkpoints import load_checkpoint, save_checkpoint
 from hf_ae.training.optimizers import averaged
-from hf_ae.training.output_folder import begin_run, check_request, end_run
+from hf_ae.training.output_folder import begin_run, check_request
 from hf_ae.training.run import Run
 from hf_ae.training.tracking import log_step, make_accelerator, show_samples
 
@@ -135,6 +134,7 @@ def train(args: LatentDiffusionArguments) -> None:
     own_encoder = text.encoder if text.is_trained else None
     model = LatentDiffusion(unet, scheduler, own_encoder, args.snr_gamma, args.timestep_shift)
     count, texts = len(text.captions), len(text.captions.texts)
+    # the names that checkpoints of version 0.1 hold
     data = {"pictures": count, "captions": texts, "caption_dropout": args.caption_dropout}
     batches = num_batches(count, args.train_batch_size, accelerator.num_processes)
     run = Run(args, accelerator, model.to(accelerator.device), batches, data)
@@ -303,14 +303,9 @@ def finish(args: LatentDiffusionArguments, run: Run, pipeline: Callable[[], Any]
         if run.ema is not None:
             run.ema.copy_to(run.bare_model.parameters())
         save_pipeline(pipeline(), folder, args.save_dtype)
-        write_recipe(args, folder / "recipe.yaml")
-        write_card(folder)
-        end_run(folder)
         advice = f'try  hf-ae generate "a prompt" --model {folder} -o image.png'
         accelerator.print(f"The pipeline is in {folder}: {advice}")
-        if args.push_to_hub:
-            repo = args.hub_model_id or folder.resolve().name
-            accelerator.print(f"Pushed to {push_folder(folder, repo, args.hub_private)}")
+        publish(args, accelerator.print)
     run.end()
 
 

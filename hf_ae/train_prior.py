@@ -33,15 +33,14 @@ from hf_ae.data import (
     to_pixel_values,
 )
 from hf_ae.errors import one_line_errors, require
-from hf_ae.hub.cards import write_card
-from hf_ae.hub.push import check_login, push_folder
+from hf_ae.hub.push import check_login, publish
 from hf_ae.loading import load_model
 from hf_ae.models.modeling_code_prior import CodePrior
 from hf_ae.plots import image_grid
-from hf_ae.training.arguments import TrainingArguments, flag, parse_arguments, parse_overrides, write_recipe
+from hf_ae.training.arguments import TrainingArguments, flag, parse_arguments, parse_overrides
 from hf_ae.training.checkpoints import load_checkpoint, save_checkpoint, save_model
 from hf_ae.training.optimizers import averaged
-from hf_ae.training.output_folder import begin_run, check_request, end_run
+from hf_ae.training.output_folder import begin_run, check_request
 from hf_ae.training.run import Run
 from hf_ae.training.tracking import log_evaluation, log_step, make_accelerator, show_samples
 
@@ -243,14 +242,9 @@ def finish(args: PriorArguments, run: Run, model: Any, processor: Any) -> None:
         save_model(model, folder, args.save_dtype)
         processor.save_pretrained(folder)
         image_grid(draw_samples(model.eval()), 10, folder / "samples.png")
-        write_recipe(args, folder / "recipe-prior.yaml")
-        write_card(folder)
-        end_run(folder)
         use = f"AutoModel.from_pretrained({str(folder)!r}).generate(16)"
         accelerator.print(f"The model with its prior is in {folder}: {use}")
-        if args.push_to_hub:
-            repo = args.hub_model_id or folder.resolve().name
-            accelerator.print(f"Pushed to {push_folder(folder, repo, args.hub_private)}")
+        publish(args, accelerator.print, "recipe-prior.yaml")
     run.end()
 
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import importlib
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi
 
 from ..errors import first_line, require
+from ..training.arguments import TrainingArguments, write_recipe
+from ..training.output_folder import end_run
 from .cards import front_matter, write_card
 from .pipeline_folder import components, has_pipeline_code, pipeline_classes, write_pipeline_code
 from .remote_code import has_model_code, write_model_code
@@ -161,6 +163,16 @@ def push_folder(folder: str | Path, repo: str, private: bool = False, dry_run: b
     except Exception as error:  # refused, offline, or no such host: each client library has its own exceptions
         raise ValueError(f"Nothing was uploaded to {repo}; {folder} is as it was: {first_line(error)}") from None
     return f"{api.endpoint}/{prefix}{repo}"
+
+
+def publish(args: TrainingArguments, log: Callable[[str], Any], recipe: str = "recipe.yaml") -> None:
+    """Complete the folder of a finished training with its recipe and card, and push it where that is asked."""
+    folder = Path(args.output_dir)
+    write_recipe(args, folder / recipe)
+    write_card(folder)
+    end_run(folder)
+    if args.push_to_hub:
+        log(f"Pushed to {push_folder(folder, args.hub_model_id or folder.resolve().name, args.hub_private)}")
 
 
 def check_login() -> None:
