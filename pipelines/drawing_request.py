@@ -167,14 +167,14 @@ class DrawingRequest:
             require(self.seed is None, "seed and generator both say what to draw: write one of them.")
             if isinstance(self.generator, (list, tuple)):
                 self.generator = list(self.generator)
-                counts = f"{len(self.generator)} generators for {drawn} pictures to draw"
+                counts = f"{len(self.generator)} generators for {drawn} images to draw"
                 require(len(self.generator) == drawn, f"{counts}: pass one for all, or one for each.")
             return
         seeds: Any = torch.randint(2**31, (wanted,)).tolist() if self.seed is None else self.seed
         seeds = range(seeds, seeds + wanted) if is_number(seeds, 0, kind=Integral) else seeds
         good = isinstance(seeds, (list, tuple, range)) and all(is_number(seed, 0, kind=Integral) for seed in seeds)
         require(good, f"seed={self.seed!r} must be a whole number of at least 0, or a list of them.")
-        require(len(seeds) == wanted, f"{len(seeds)} seeds for {wanted} pictures: write one, or one for each picture.")
+        require(len(seeds) == wanted, f"{len(seeds)} seeds for {wanted} images: write one, or one for each image.")
         own = [int(seed) + CANDIDATE_STRIDE * j for seed in seeds for j in range(self.num_candidates)]
         self.generator = [torch.Generator().manual_seed(seed) for seed in own]
 

@@ -53,7 +53,7 @@ class Run:
         self.total_steps = args.max_train_steps or max(1, steps)
         self.schedulers = make_schedulers(self.optimizers, args, self.total_steps)
         self.model = accelerator.prepare(model)
-        # fp16 alone needs accelerate's wrapper of optimizers: module look-ups that cost 0.2 ms a step (benchmarks/NOTES.md)
+        # fp16 alone needs accelerate's wrapper of optimizers, which costs 0.2 ms a step (benchmarks/NOTES.md)
         if accelerator.scaler is not None:
             self.optimizers = [accelerator.prepare_optimizer(optimizer) for optimizer in self.optimizers]
         self.parameters = list(self.model.parameters())
