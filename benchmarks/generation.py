@@ -1,10 +1,9 @@
-"""How good samples and reconstructions of hf_ae's and of pythae's models are: same network, images, epochs and feature
-network.
+"""Samples and reconstructions of hf_ae's and of pythae's models: same network, images, epochs and feature network.
 
-    python benchmarks/generation.py [--pythae PYTHON] [--epochs 4] [--images 60000] [--samples 5000] [--seeds 1] [-o
-    FILE]
+    python benchmarks/generation.py [--pythae PYTHON] [--epochs 4] [--images 60000] [--samples 5000] [--seeds 1]
+        [-o FILE]
 
-Fashion-MNIST; encoder and decoder of two 4×4 convolutions a side (32 and 64 channels, SiLU), a code of 16 numbers, or
+Fashion-MNIST; encoder and decoder of two 4×4 convolutions a side (32 and 64 channels, SiLU), latents of 16 values, or
 for VQ-VAEs 7×7 indices of 512 vectors of 64 (VQ-VAE-2: 32, and 4×4 more above them); batch 128; for VAE-GANs the same
 discriminator. Weights of the loss are each library's defaults. pythae trains with Adam at 1e-3 (its default rate is
 1e-4), hf_ae with `--optimizer muon` at 3e-3 and, but for codebooks, `--use_ema`. Priors over codes (pythae's PixelCNN,
@@ -19,15 +18,15 @@ import argparse
 import json
 import os
 import subprocess
-import sys
 import tempfile
 import time
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 CHANNELS, LATENT, CODEBOOK, BATCH, RATE = (32, 64), 16, 512, 128, 1e-3
 DATASET = "zalando-datasets/fashion_mnist"
@@ -43,7 +42,7 @@ SAMPLERS = {"VAE": ("prior", "mixture"), "VAE-GAN": ("prior",), "VQ-VAE": (None,
 THEIRS = {"VAE": ("prior", "mixture"), "VAE-GAN": ("prior",), "VQ-VAE": ("pixelcnn",)}
 
 
-def load_images(split: str, limit: int) -> torch.Tensor:
+def load_images(split: str, limit: int) -> Tensor:
     """uint8 (images, 1, 28, 28)."""
     from hf_ae import AutoencoderConfig, AutoencoderImageProcessor
     from hf_ae.data import ImagesInMemory, image_column, open_dataset
@@ -56,7 +55,9 @@ def load_images(split: str, limit: int) -> torch.Tensor:
 # hf_ae
 
 
-def ours(kind: str, args, train_pixels, test, network, seed: int = 0) -> dict[str, dict]:
+def ours(
+    kind: str, args: argparse.Namespace, train_pixels: Tensor, test: Tensor, network: nn.Module, seed: int = 0
+) -> dict[str, dict]:
     """Rows of the table for one of our models."""
     from hf_ae.evaluation.evaluate import reconstruct
     from hf_ae.evaluation.generation import measure_generation, model_generator
@@ -69,18 +70,14 @@ def ours(kind: str, args, train_pixels, test, network, seed: int = 0) -> dict[st
     model_type, overrides = OURS[kind]
     with tempfile.TemporaryDirectory() as folder:
         started = time.perf_counter()
-        common = dict(dataset_name=DATASET, max_train_samples=args.images, num_train_epochs=args.epochs, train_batch_size=BATCH,
-                      optimizer="muon", use_ema=True, validation_epochs=0, seed=seed)  # fmt: skip
-        common["learning_rate"] = MUON_RATE
-        vectors = not kind.startswith("VQ")  # codebooks are moving averages already
-        train(
-            ImageTrainingArguments(
-                **{**common, "use_ema": vectors}, output_dir=folder, model_type=model_type, config_overrides=overrides
-            )
-        )
+        common = dict(dataset_name=DATASET, max_train_samples=args.images, num_train_epochs=args.epochs)
+        common |= dict(train_batch_size=BATCH, optimizer="muon", validation_epochs=0, seed=seed)
+        own = dict(model_type=model_type, config_overrides=overrides, learning_rate=MUON_RATE)
+        own["use_ema"] = not kind.startswith("VQ")  # codebooks are moving averages already
+        train(ImageTrainingArguments(**common, **own, output_dir=folder))
         if kind == "VQ-VAE-2":
-            common["learning_rate"] = PRIOR_RATE
-            train_prior(PriorArguments(**common, model=folder, output_dir=f"{folder}/prior", prior_overrides=PRIOR))
+            own = dict(model=folder, prior_overrides=PRIOR, learning_rate=PRIOR_RATE, use_ema=True)
+            train_prior(PriorArguments(**common, **own, output_dir=f"{folder}/prior"))
         seconds = time.perf_counter() - started
         model, _ = load_model(f"{folder}/prior" if kind == "VQ-VAE-2" else folder)
     error = (reconstruct(model, test) - test).square().mean().item()
@@ -88,7 +85,7 @@ def ours(kind: str, args, train_pixels, test, network, seed: int = 0) -> dict[st
     rows = {}
     for sampler in SAMPLERS[kind]:
         fitted = fit(encode_all(model, train_pixels), sampler) if sampler == "mixture" else None
-        if kind == "VQ-VAE":
+        if sampler is None and not model.can_generate_images:
             found = {"note": "reconstruction alone: VQ-VAE-2 has the prior"}
         else:
             found, _ = measure_generation(model_generator(model, fitted), test, train_pixels.float() / 255, network)
@@ -96,7 +93,8 @@ def ours(kind: str, args, train_pixels, test, network, seed: int = 0) -> dict[st
     return rows
 
 
-def count(*modules) -> int:
+def count(*modules: nn.Module) -> int:
+    """Parameters."""
     return sum(p.numel() for module in modules for p in module.parameters())
 
 
@@ -112,17 +110,17 @@ def encoder_layers(values: int | None) -> list[nn.Module]:
 def decoder_layers(vector: bool) -> list[nn.Module]:
     a, b = CHANNELS
     start = [nn.Linear(LATENT, b * 49), nn.Unflatten(1, (b, 7, 7))] if vector else [nn.Conv2d(64, b, 1)]
-    return [
-        *start,
-        nn.SiLU(),
-        nn.ConvTranspose2d(b, a, 4, 2, 1),
-        nn.SiLU(),
-        nn.ConvTranspose2d(a, 1, 4, 2, 1),
-        nn.Sigmoid(),
-    ]
+    up = [nn.ConvTranspose2d(b, a, 4, 2, 1), nn.SiLU(), nn.ConvTranspose2d(a, 1, 4, 2, 1)]
+    return [*start, nn.SiLU(), *up, nn.Sigmoid()]
 
 
-def pythae_model(kind: str):
+def discriminator_layers() -> list[nn.Module]:
+    pairs = pairwise((1, 32, 64, 128))
+    norms = (nn.Identity(), nn.GroupNorm(8, 64), nn.GroupNorm(8, 128))
+    return [nn.Sequential(nn.Conv2d(a, b, 4, 2, 1), norm, nn.LeakyReLU(0.2)) for (a, b), norm in zip(pairs, norms)]
+
+
+def pythae_model(kind: str) -> Any:
     """A model of pythae with the networks above."""
     from pythae.models import VAE, VAEGAN, VQVAE, VAEConfig, VAEGANConfig, VQVAEConfig
     from pythae.models.base.base_utils import ModelOutput
@@ -131,35 +129,32 @@ def pythae_model(kind: str):
     discrete = kind == "VQ-VAE"
 
     class Encoder(BaseEncoder):
-        def __init__(self):
+        def __init__(self) -> None:
             super().__init__()
             self.layers = nn.Sequential(*encoder_layers(None if discrete else 2 * LATENT))
 
-        def forward(self, x):
-            code = self.layers(x)
+        def forward(self, x: Tensor) -> ModelOutput:
+            output = self.layers(x)
             if discrete:
-                return ModelOutput(embedding=code)
-            mean, logvar = code.chunk(2, 1)
+                return ModelOutput(embedding=output)
+            mean, logvar = output.chunk(2, 1)
             return ModelOutput(embedding=mean, log_covariance=logvar)
 
     class Decoder(BaseDecoder):
-        def __init__(self):
+        def __init__(self) -> None:
             super().__init__()
             self.layers = nn.Sequential(*decoder_layers(not discrete))
 
-        def forward(self, z):
+        def forward(self, z: Tensor) -> ModelOutput:
             return ModelOutput(reconstruction=self.layers(z))
 
     class Discriminator(BaseDiscriminator):
-        def __init__(self):
+        def __init__(self) -> None:
             super().__init__()
-            widths = (1, 32, 64, 128)
-            blocks = [nn.Sequential(nn.Conv2d(a, b, 4, 2, 1), nn.GroupNorm(8, b) if level else nn.Identity(), nn.LeakyReLU(0.2))
-                      for level, (a, b) in enumerate(pairwise(widths))]  # fmt: skip
-            self.layers, self.head = nn.ModuleList(blocks), nn.Conv2d(128, 1, 3, padding=1)
-            self.depth = len(blocks)
+            self.layers, self.head = nn.ModuleList(discriminator_layers()), nn.Conv2d(128, 1, 3, padding=1)
+            self.depth = len(self.layers)
 
-        def forward(self, x, output_layer_levels=None):
+        def forward(self, x: Tensor, output_layer_levels: list[int] | None = None) -> ModelOutput:
             for layer in self.layers:
                 x = layer(x)
             output = ModelOutput(embedding=self.head(x).mean((1, 2, 3)).sigmoid()[:, None])
@@ -176,8 +171,8 @@ def pythae_model(kind: str):
     return VQVAE(VQVAEConfig(**common, num_embeddings=CODEBOOK), encoder=Encoder(), decoder=Decoder())
 
 
-def run_pythae(kind: str, folder: Path, epochs: int, samples: int, seed: int):
-    """Train, reconstruct and draw: `folder`/*.npy hold uint8 pictures, about.json the rest."""
+def run_pythae(kind: str, folder: Path, epochs: int, samples: int, seed: int) -> None:
+    """Train, reconstruct and draw: `folder`/*.npy hold uint8 images, about.json the rest."""
     from pythae.models import VAEGAN
     from pythae.pipelines import TrainingPipeline
     from pythae.samplers import GaussianMixtureSampler, GaussianMixtureSamplerConfig, NormalSampler, PixelCNNSampler
@@ -212,12 +207,14 @@ def run_pythae(kind: str, folder: Path, epochs: int, samples: int, seed: int):
     (folder / "about.json").write_text(json.dumps(about))
 
 
-def rebuild(model, x, kind: str):
-    """A reconstruction from the code without noise, as hf_ae's in evaluation."""
+def rebuild(model: Any, x: Tensor, kind: str) -> Tensor:
+    """A reconstruction from latents without noise, as hf_ae's in evaluation."""
     return model({"data": x}).recon_x if kind == "VQ-VAE" else model.decoder(model.encoder(x).embedding).reconstruction
 
 
-def theirs(kind: str, args, train_pixels, test, network, seed: int = 0) -> dict[str, dict]:
+def theirs(
+    kind: str, args: argparse.Namespace, train_pixels: Tensor, test: Tensor, network: nn.Module, seed: int = 0
+) -> dict[str, dict]:
     """Rows of the table for one of pythae's models."""
     from hf_ae.evaluation.generation import ImageGenerator, measure_generation
 
@@ -225,19 +222,8 @@ def theirs(kind: str, args, train_pixels, test, network, seed: int = 0) -> dict[
         folder, rows = Path(name), {}
         np.save(folder / "train.npy", train_pixels.numpy())
         np.save(folder / "test.npy", (test * 255).round().byte().numpy())
-        command = [
-            args.pythae,
-            __file__,
-            "--run",
-            kind,
-            "--folder",
-            name,
-            "--epochs",
-            str(args.epochs),
-            "--samples",
-            str(len(test)),
-        ]
-        command += ["--seed", str(seed)]
+        flags = {"run": kind, "folder": name, "epochs": args.epochs, "samples": len(test), "seed": seed}
+        command = [args.pythae, __file__, *(f"--{flag}={value}" for flag, value in flags.items())]
         environment = {**os.environ, "PYTHONPATH": args.pythae_path or os.environ.get("PYTHONPATH", "")}
         done = subprocess.run(command, capture_output=True, text=True, env=environment)
         if done.returncode:
@@ -249,26 +235,33 @@ def theirs(kind: str, args, train_pixels, test, network, seed: int = 0) -> dict[
         generator = ImageGenerator(lambda n, labels=None, images=read[sampler]: images[:n], sampler)
         found, _ = measure_generation(generator, test, train_pixels.float() / 255, network)
         found["seconds_per_image"] = about[f"{sampler}_s"]
-        rows[f"pythae {kind}, {sampler}"] = {
-            k: v for k, v in about.items() if not k.endswith("_s") or k == "train_s"
-        } | found
+        common = {key: about[key] for key in ("train_s", "parameters", "reconstruction_mse")}
+        rows[f"pythae {kind}, {sampler}"] = common | found
     return rows
 
 
 COLUMNS = (
-    "fid",
-    "kid",
-    "precision",
-    "recall",
-    "coverage",
-    "reconstruction_mse",
-    "seconds_per_image",
-    "train_s",
+    "fid", "kid", "precision", "recall", "coverage", "reconstruction_mse", "seconds_per_image", "train_s",
     "parameters",
-)
+)  # fmt: skip
 
 
-def main():
+def print_table(rows: dict[str, dict]) -> None:
+    """As Markdown, with the spread of FID and its floor below."""
+    print("| | " + " | ".join(COLUMNS) + " |\n| --- |" + " ---: |" * len(COLUMNS))
+    for name, row in rows.items():
+        cells = [f"{row[c]:.4g}" if isinstance(row.get(c), float) else f"{row.get(c, '')}" for c in COLUMNS]
+        print(f"| {name} | " + " | ".join(cells) + " |" + (f" {row['note']}" if "note" in row else ""))
+    for name, row in rows.items():
+        found = [f"{fid:.3g}" for fid in row.get("fid_of_seeds", [])]
+        if len(found) > 1:
+            print(f"{name}, FID of {len(found)} trainings: {', '.join(found)}")
+    floors = [row["floor"]["fid"] for row in rows.values() if "floor" in row]
+    if floors:
+        print(f"Real training images against the test split: FID {floors[0]:.3g}")
+
+
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--pythae", help="interpreter of an environment with pythae")
     parser.add_argument("--pythae-path", help="folder that holds pythae, put before the interpreter's own")
@@ -305,20 +298,8 @@ def main():
             print(name, json.dumps(row), flush=True)
         args.output.parent.mkdir(parents=True, exist_ok=True)
         args.output.write_text(json.dumps(rows, indent=2) + "\n")
-    print("| | " + " | ".join(COLUMNS) + " |\n| --- |" + " ---: |" * len(COLUMNS))
-    for name, row in rows.items():
-        cells = [f"{row[c]:.4g}" if isinstance(row.get(c), float) else f"{row.get(c, '')}" for c in COLUMNS]
-        print(f"| {name} | " + " | ".join(cells) + " |" + (f" {row['note']}" if "note" in row else ""))
-    for name, row in rows.items():
-        if len(row.get("fid_of_seeds", [])) > 1:
-            print(
-                f"{name}, FID of {len(row['fid_of_seeds'])} trainings: "
-                + ", ".join(f"{fid:.3g}" for fid in row["fid_of_seeds"])
-            )
-    floors = [row["floor"]["fid"] for row in rows.values() if "floor" in row]
-    if floors:
-        print(f"Real training pictures against the test split: FID {floors[0]:.3g}")
+    print_table(rows)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

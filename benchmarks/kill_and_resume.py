@@ -22,23 +22,24 @@ import torch
 from safetensors.torch import load_file
 
 SAMPLE = Path(__file__).resolve().parent.parent / "tests" / "data" / "fashion_mnist_sample"
-FLAGS = [
-    "--dataset_name", str(SAMPLE), "--train_batch_size", "20", "--max_train_steps", "400", "--checkpointing_steps", "7",
-    "--validation_epochs", "0", "--model_type", "hf_ae_vae", "--config_overrides", "hidden_sizes=[64],latent_dim=8",
-    "--use_ema", "--random_flip", "--random_shift", "1", "--lr_warmup_steps", "20", "--max_grad_norm", "50",
-]  # fmt: skip
+FLAGS = """
+    --train_batch_size 20 --max_train_steps 400 --checkpointing_steps 7 --validation_epochs 0 --model_type hf_ae_vae
+    --config_overrides hidden_sizes=[64],latent_dim=8 --use_ema --random_flip --random_shift 1 --lr_warmup_steps 20
+    --max_grad_norm 50
+"""
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1"}
 
 
 def start(processes: int, folder: Path, *flags: str) -> subprocess.Popen:
-    launch = (
-        ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] if processes > 1 else []
-    )
-    command = [sys.executable, *launch, "-m", "hf_ae.train", *FLAGS, "--output_dir", str(folder), *flags]
+    """A training in so many processes."""
+    launch = f"-m torch.distributed.run --standalone --nproc_per_node {processes}".split() if processes > 1 else []
+    where = ["--dataset_name", str(SAMPLE), "--output_dir", str(folder)]
+    command = [sys.executable, *launch, "-m", "hf_ae.train", *where, *FLAGS.split(), *flags]
     return subprocess.Popen(command, env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
 def newest(folder: Path) -> int:
+    """The step of the newest checkpoint, 0 where there is none."""
     return max((int(p.name.split("-")[1]) for p in folder.glob("checkpoint-*")), default=0)
 
 
@@ -64,7 +65,7 @@ def killed_run(processes: int, folder: Path, dice: random.Random) -> list[int]:
     return killed
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--times", type=int, default=10)
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
@@ -75,16 +76,14 @@ def main():
             if start(processes, Path(scratch, "whole")).wait():
                 raise SystemExit("the uninterrupted run failed")
             whole, same = load_file(Path(scratch, "whole", "model.safetensors")), 0
-            for number in range(times):
-                folder = Path(scratch, f"cut-{number}")
+            for index in range(times):
+                folder = Path(scratch, f"cut-{index}")
                 steps = killed_run(processes, folder, dice)
                 cut = load_file(folder / "model.safetensors")
                 equal = all(torch.equal(whole[name], cut[name]) for name in whole)
                 same += equal
-                print(
-                    f"{processes} process(es), run {number}: killed after checkpoints {steps}: {'identical' if equal else 'DIFFERENT'}",
-                    flush=True,
-                )
+                verdict = f"killed after checkpoints {steps}: {'identical' if equal else 'DIFFERENT'}"
+                print(f"{processes} process(es), run {index}: {verdict}", flush=True)
             print(f"{processes} process(es): {same} of {times} identical", flush=True)
 
 

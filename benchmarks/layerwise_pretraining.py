@@ -19,22 +19,22 @@ from hf_ae.evaluation.evaluate import evaluate
 
 
 def error(folder: str, epochs: int, layer_epochs: int, optimizer: str, rate: float) -> float:
+    """Squared error per test image of a model that is trained now."""
+    flags = f"""
+        --config_overrides hidden_sizes=[1000,500,250],latent_dim=30,activation=sigmoid --train_batch_size 250
+        --num_train_epochs {epochs} --pretrain_layerwise_epochs {layer_epochs} --optimizer {optimizer}
+        --learning_rate {rate} --mixed_precision bf16 --validation_epochs 0
+    """
     with tempfile.TemporaryDirectory() as scratch:
         output = Path(scratch, "model")
-        subprocess.run(
-            [
-                sys.executable, "-m", "hf_ae.train", "--dataset_name", folder, "--output_dir", str(output), "--validation_epochs", "0",
-                "--config_overrides", "hidden_sizes=[1000,500,250],latent_dim=30,activation=sigmoid", "--train_batch_size", "250",
-                "--num_train_epochs", str(epochs), "--pretrain_layerwise_epochs", str(layer_epochs), "--optimizer", optimizer,
-                "--learning_rate", str(rate), "--mixed_precision", "bf16",
-            ],
-            check=True, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-        )  # fmt: skip
+        where = ["--dataset_name", folder, "--output_dir", str(output)]
+        command = [sys.executable, "-m", "hf_ae.train", *where, *flags.split()]
+        subprocess.run(command, check=True, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
         metrics = evaluate(output, folder, tasks="reconstruction", save=False)
     return metrics["reconstruction"]["squared_error_per_image"]
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder")
     parser.add_argument("--epochs", type=int, default=5)

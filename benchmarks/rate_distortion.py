@@ -1,12 +1,12 @@
-"""Pictures in as few bytes as possible: our compressive models against JPEG, WebP and AVIF (Pillow).
+"""Images in as few bytes as possible: our compressive models against JPEG, WebP and AVIF (Pillow).
 
-    python benchmarks/rate_distortion.py [kodak|fashion|emoji|speed …] [--kodak FOLDER] [--pictures N]
+    python benchmarks/rate_distortion.py [kodak|fashion|emoji|speed …] [--kodak FOLDER] [--images N]
 
 kodak: curves of PSNR and MS-SSIM (LPIPS too, where the package lpips is installed) over bits per pixel, BD-rates
-between 0.1 and 1.0 bpp, a plot and the panel of a round trip. fashion, emoji: bytes at the same PSNR, picture by
-picture; a panel. speed: seconds to encode and to decode a Kodak picture, and how well symbols are coded. Sizes are
-those of whole files unless "stripped" stands beside them. Results are added to metrics.json of the model measured,
-after `hf-ae evaluate`. FOLDER is a dataset of the Kodak photos, outputs/emoji is made by
+between 0.1 and 1.0 bpp, a plot and the panel of a round trip. fashion, emoji: bytes at the same PSNR, image by
+image; a panel. speed: seconds to encode and to decode a Kodak photo, and how well symbols are coded. Sizes are those
+of whole files unless "stripped" stands beside them. Results are added to metrics.json of the model measured, after
+`hf-ae evaluate`. FOLDER is a dataset of the Kodak photos, outputs/emoji is made by
 model_cards/emoji-text-to-image/dataset.py.
 """
 
@@ -17,12 +17,15 @@ import json
 import statistics
 import struct
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from scipy.interpolate import PchipInterpolator
+from torch import Tensor
 from torchmetrics.functional.image import multiscale_structural_similarity_index_measure as ms_ssim
 
 from hf_ae.codec import compress, decompress, unpack
@@ -45,57 +48,42 @@ VARIANTS: dict[str, list[dict]] = {
     "WebP": [{}],
     "AVIF": [{}, {"subsampling": "4:4:4"}],
 }
-"""Ways to encode a small picture, of which each rival takes the best."""
+"""Ways to encode a small image, of which each rival takes the best."""
 PUBLISHED = {
-    "factorized prior": [
-        (0.1226, 26.909),
-        (0.1885, 28.218),
-        (0.2878, 29.617),
-        (0.4404, 31.277),
-        (0.6481, 32.956),
-        (0.9670, 35.381),
-    ],
-    "scale hyperprior": [
-        (0.1313, 27.582),
-        (0.2089, 29.197),
-        (0.3199, 30.972),
-        (0.4784, 32.838),
-        (0.6687, 34.526),
-        (0.9388, 36.743),
-    ],
-    "mean & scale": [
-        (0.1239, 27.699),
-        (0.1980, 29.359),
-        (0.3072, 31.129),
-        (0.4606, 32.951),
-        (0.6617, 34.968),
-        (0.9144, 36.911),
-    ],
+    "factorized prior": (
+        (0.1226, 0.1885, 0.2878, 0.4404, 0.6481, 0.9670),
+        (26.909, 28.218, 29.617, 31.277, 32.956, 35.381),
+    ),
+    "scale hyperprior": (
+        (0.1313, 0.2089, 0.3199, 0.4784, 0.6687, 0.9388),
+        (27.582, 29.197, 30.972, 32.838, 34.526, 36.743),
+    ),
+    "mean & scale": (
+        (0.1239, 0.1980, 0.3072, 0.4606, 0.6617, 0.9144),
+        (27.699, 29.359, 31.129, 32.951, 34.968, 36.911),
+    ),
 }
-"""(bpp, dB) on all 24 Kodak pictures, from CompressAI's tables (bmshj2018-factorized, bmshj2018-hyperprior,
+"""(bpp, dB) on all 24 Kodak photos, from CompressAI's tables (bmshj2018-factorized, bmshj2018-hyperprior,
 mbt2018-mean; MSE)."""
 
 
-def pictures(dataset: str, split: str, channels: int, most: int, size: int | None = None) -> list[Image.Image]:
-    part = pick_split(open_dataset(dataset), split)
-    column = image_column(part)
-    found = [to_mode(part[i][column], channels) for i in range(min(most, len(part)))]
-    return [p if size is None else p.resize((size, size), Image.Resampling.BICUBIC) for p in found]
+def images(dataset: str, channels: int, most: int, size: int | None = None) -> list[Image.Image]:
+    """The first test images, of `size` pixels high and wide where asked."""
+    rows = pick_split(open_dataset(dataset), "test")
+    column = image_column(rows)
+    found = [to_mode(rows[i][column], channels) for i in range(min(most, len(rows)))]
+    return [i if size is None else i.resize((size, size), Image.Resampling.BICUBIC) for i in found]
 
 
-def tensor(picture: Image.Image) -> torch.Tensor:
-    return (
-        torch.from_numpy(np.array(picture))
-        .float()
-        .div(255)
-        .view(1, picture.height, picture.width, -1)
-        .permute(0, 3, 1, 2)
-    )
+def tensor(image: Image.Image) -> Tensor:
+    """(1, channels, height, width) in 0…1."""
+    values = torch.from_numpy(np.array(image)).float() / 255
+    return values.view(1, image.height, image.width, -1).permute(0, 3, 1, 2)
 
 
 def psnr(x: Image.Image, y: Image.Image) -> float:
-    error = np.square(np.asarray(x, float) - np.asarray(y.convert(x.mode), float)).mean()  # WebP has no gray mode
-    return psnr_of_error(torch.tensor(error / 255**2)).item()
+    a, b = (np.asarray(image, float) for image in (x, y.convert(x.mode)))  # WebP has no gray mode
+    return psnr_of_error(torch.tensor(np.square(a - b).mean() / 255**2)).item()
 
 
 def stripped(data: bytes) -> int:
@@ -119,7 +107,7 @@ def stripped(data: bytes) -> int:
 
 
 @functools.cache
-def perceptual_metric():
+def perceptual_metric() -> torch.nn.Module | None:
     """LPIPS (Zhang et al. 2018, AlexNet), where the package lpips is installed."""
     try:
         from lpips import LPIPS
@@ -128,26 +116,22 @@ def perceptual_metric():
     return LPIPS(net="alex", verbose=False).eval()
 
 
-def measure(originals, files, decode) -> dict:
-    """Means over pictures."""
-    back = [decode(data) for data in files]
-    pixels = [p.width * p.height for p in originals]
+def measure(originals: list[Image.Image], files: list[bytes], decode: Callable[[bytes], Image.Image]) -> dict:
+    """Means over images."""
+    pairs = [(original, decode(data)) for original, data in zip(originals, files)]
+    pixels = [i.width * i.height for i in originals]
     result = {
         "bpp": statistics.mean(8 * len(d) / n for d, n in zip(files, pixels)),
         "bpp_stripped": statistics.mean(8 * stripped(d) / n for d, n in zip(files, pixels)),
-        "psnr": statistics.mean(psnr(x, y) for x, y in zip(originals, back)),
+        "psnr": statistics.mean(psnr(x, y) for x, y in pairs),
     }
     if lpips := perceptual_metric():
         with torch.no_grad():
-            pairs = [
-                lpips(tensor(x.convert("RGB")) * 2 - 1, tensor(y.convert("RGB")) * 2 - 1)
-                for x, y in zip(originals, back)
-            ]
-        result["lpips"] = statistics.mean(pair.item() for pair in pairs)
+            found = [lpips(*(tensor(image.convert("RGB")) * 2 - 1 for image in pair)).item() for pair in pairs]
+        result["lpips"] = statistics.mean(found)
     if min(originals[0].size) > 160:
-        result["ms_ssim"] = statistics.mean(
-            ms_ssim(tensor(y), tensor(x), data_range=1.0).item() for x, y in zip(originals, back)
-        )
+        found = [ms_ssim(tensor(y), tensor(x), data_range=1.0).item() for x, y in pairs]
+        result["ms_ssim"] = statistics.mean(found)
     return result
 
 
@@ -157,7 +141,7 @@ def bd_rate(
     """Mean difference of the rate at equal quality, in % (Bjøntegaard 2001), where both curves lie between `low` and
     `high` bpp."""
 
-    def curve(points):
+    def curve(points: list[dict]) -> tuple[np.ndarray, np.ndarray]:
         points = sorted({round(p[metric], 9): p[rate] for p in points}.items())
         quality = np.array([transform(q, metric) for q, _ in points])
         return quality, np.log([r for _, r in points])
@@ -181,23 +165,23 @@ def transform(value: float, metric: str) -> float:
 
 
 def of_file(data: bytes) -> Image.Image:
+    """The image in a file of another format."""
     return Image.open(io.BytesIO(data)).convert("RGB")
 
 
-def kodak(args) -> dict:
+def kodak(args: argparse.Namespace) -> dict:
     """Curves and BD-rates of photo-compressive."""
-    model = load_autoencoder(str(CARDS / "photo-compressive"))
-    originals = pictures(args.kodak, "test", 3, args.pictures or 24)
+    model = load_autoencoder(CARDS / "photo-compressive")
+    originals = images(args.kodak, 3, args.images or 24)
     ours = []
     for quality in QUALITIES:
-        files = [compress(model, p, quality=quality, model_id="") for p in originals]
+        files = [compress(model, i, quality=quality, model_id="") for i in originals]
         ours.append(measure(originals, files, lambda data: decompress(data, model)) | {"quality": quality})
         print(f"  quality {quality:.3f}: {json.dumps(ours[-1])}", flush=True)
     curves = {"hf_ae": ours}
     for name, settings in RIVALS.items():
-        curves[name] = [
-            measure(originals, [encode_as(p, name, quality) for p in originals], of_file) for quality in settings
-        ]
+        files_of = ([encode_as(i, name, quality) for i in originals] for quality in settings)
+        curves[name] = [measure(originals, files, of_file) for files in files_of]
     result = {"pictures": len(originals)}
     for name in RIVALS:
         result[f"bd_rate_psnr_{name}"] = bd_rate(ours, curves[name])
@@ -208,7 +192,8 @@ def kodak(args) -> dict:
     return result | {"curve": ours}
 
 
-def plot(curves: dict, path: Path):
+def plot(curves: dict[str, list[dict]], path: Path) -> None:
+    """PSNR and MS-SSIM over bits per pixel."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -224,115 +209,122 @@ def plot(curves: dict, path: Path):
         axis.set_ylim(min(inside) - 0.5, max(inside) + 0.5)
         axis.grid(alpha=0.3)
     for name, points in PUBLISHED.items():
-        axes[0].plot(*zip(*points), linestyle=":", marker=".", linewidth=1, label=f"{name} (published, 24 pictures)")
+        axes[0].plot(*points, linestyle=":", marker=".", linewidth=1, label=f"{name} (published, 24 photos)")
     axes[0].legend(fontsize=9)
     figure.savefig(path)
     plt.close(figure)
 
 
-def panel(model, picture: Image.Image, quality: float, name: str):
-    """The round trip of a picture, beside other formats, for the card."""
-    drawn = VAERoundTripPipeline(model)(picture, quality=quality).panel
+def panel(model: Any, image: Image.Image, quality: float, name: str) -> None:
+    """The round trip of an image, beside other formats, for the card."""
+    drawn = VAERoundTripPipeline(model)(image, quality=quality).panel
     drawn.thumbnail((1500, 1500), Image.Resampling.LANCZOS)
     drawn.save(CARDS / f"{name}-compressive" / "roundtrip.jpg", quality=92, subsampling=0)
 
 
-def equal_psnr(model, originals: list[Image.Image], quality: float) -> dict:
+def equal_psnr(model: Any, originals: list[Image.Image], quality: float) -> dict:
     """Bytes of our files beside those of each rival at the least quality that is as near to the original; means over
-    pictures.
+    images.
 
-    A rival that does not come as near to a picture at any quality is left out for it.
+    A rival that does not come as near to an image at any quality is left out for it.
     """
-    ours = [compress(model, p, quality=quality, model_id="") for p in originals]
-    wanted = [psnr(p, decompress(data, model)) for p, data in zip(originals, ours)]
+    ours = [compress(model, i, quality=quality, model_id="") for i in originals]
+    wanted = [psnr(i, decompress(data, model)) for i, data in zip(originals, ours)]
     sizes = []
-    for picture, least in zip(originals, wanted):
-        smallest = {name: smallest_file(picture, name, least) for name in RIVALS}
+    for image, least in zip(originals, wanted):
+        smallest = {name: smallest_file(image, name, least) for name in RIVALS}
         sizes.append({name: (len(data), stripped(data)) for name, data in smallest.items() if data})
-    inner = sum(map(stripped, ours))
+    whole, inner = sum(map(len, ours)), sum(map(stripped, ours))
     return {
-        "quality": quality, "psnr": statistics.mean(wanted), "bytes": sum(map(len, ours)) / len(ours), "bytes_stripped": inner / len(ours),
+        "quality": quality,
+        "psnr": statistics.mean(wanted),
+        "bytes": whole / len(ours),
+        "bytes_stripped": inner / len(ours),
         **{f"bytes_{name}": statistics.mean(found[name][0] for found in sizes if name in found) for name in RIVALS},
-        "share_of_best": sum(map(len, ours)) / sum(min(size for size, _ in found.values()) for found in sizes),
+        "share_of_best": whole / sum(min(size for size, _ in found.values()) for found in sizes),
         "share_of_best_stripped": inner / sum(min(size for _, size in found.values()) for found in sizes),
-    }  # fmt: skip
+    }
 
 
-def smallest_file(picture: Image.Image, name: str, least: float) -> bytes | None:
+def smallest_file(image: Image.Image, name: str, least: float) -> bytes | None:
     """The smallest file that reaches a PSNR, with chroma at half and at full resolution, of WebP also without loss;
     None where none does."""
-    files = [lowest_quality(picture, name, least, options) for options in VARIANTS[name]]
+    files = [lowest_quality(image, name, least, options) for options in VARIANTS[name]]
     if name == "WebP":
-        files.append(encode_as(picture, name, 100, lossless=True))
+        files.append(encode_as(image, name, 100, lossless=True))
     return min((data for data in files if data), key=len, default=None)
 
 
-def lowest_quality(picture: Image.Image, name: str, least: float, options: dict) -> bytes | None:
+def lowest_quality(image: Image.Image, name: str, least: float, options: dict) -> bytes | None:
     """The file of the lowest quality that reaches a PSNR."""
     low, high, found = 0, 100, None
     while low <= high:
         middle = (low + high) // 2
-        data = encode_as(picture, name, middle, **options)
-        if psnr(picture, of_file(data)) >= least:
+        data = encode_as(image, name, middle, **options)
+        if psnr(image, of_file(data)) >= least:
             found, high = data, middle - 1
         else:
             low = middle + 1
     return found
 
 
-def fashion(args) -> dict:
-    """Fashion-MNIST test pictures."""
-    originals = pictures(args.fashion, "test", 1, args.pictures or 300)
-    model = load_autoencoder(str(CARDS / "fashion-compressive"))
-    panel(model, originals[0], 0.5, "fashion")
-    return {f"quality_{q}": equal_psnr(model, originals, q) for q in (0, 0.25, 0.5, 0.75)}
+def fashion(args: argparse.Namespace) -> dict:
+    """Fashion-MNIST test images."""
+    return small("fashion", images(args.fashion, 1, args.images or 300), drawn=0)
 
 
-def emoji(args) -> dict:
+def emoji(args: argparse.Namespace) -> dict:
     """Held-out emoji of 64×64 pixels."""
-    originals = pictures(args.emoji, "test", 3, args.pictures or 165, 64)
-    model = load_autoencoder(str(CARDS / "emoji-compressive"))
-    panel(model, originals[2], 0.5, "emoji")
+    return small("emoji", images(args.emoji, 3, args.images or 165, 64), drawn=2)
+
+
+def small(name: str, originals: list[Image.Image], drawn: int) -> dict:
+    """Bytes at equal PSNR by the model of small images; the panel is of the original with the index `drawn`."""
+    model = load_autoencoder(CARDS / f"{name}-compressive")
+    panel(model, originals[drawn], 0.5, name)
     return {f"quality_{q}": equal_psnr(model, originals, q) for q in (0, 0.25, 0.5, 0.75)}
 
 
-def speed(args) -> dict:
-    """Median seconds for one Kodak picture after loading, the bits written beside the model's own estimate, and the
+def speed(args: argparse.Namespace) -> dict:
+    """Median seconds for one Kodak photo after loading, the bits written beside the model's own estimate, and the
     size of what decoding needs."""
-    model = load_autoencoder(str(CARDS / "photo-compressive"))
-    picture = pictures(args.kodak, "test", 3, 1)[0]
+    model = load_autoencoder(CARDS / "photo-compressive")
+    image = images(args.kodak, 3, 1)[0]
     encoding, decoding = [], []
     for round_ in range(8):
         started = time.perf_counter()
-        data = compress(model, picture, quality=0.5, model_id="")
+        data = compress(model, image, quality=0.5, model_id="")
         middle = time.perf_counter()
         decompress(data, model)
         if round_:
             encoding.append(middle - started)
             decoding.append(time.perf_counter() - middle)
-    overheads = [bits_written(model, picture, quality) - 1 for quality in (0.0, 0.25, 0.5, 0.75, 1.0)]
-    weights = {name: tensor.numel() for name, tensor in model.state_dict().items()}
-    decoder = sum(n for name, n in weights.items() if not name.startswith(ENCODER_ONLY))
+    overheads = [bits_written(model, image, quality) - 1 for quality in (0.0, 0.25, 0.5, 0.75, 1.0)]
+    sizes = {name: values.numel() for name, values in model.state_dict().items()}
     return {
-        "picture": f"{picture.width}×{picture.height}", "threads": torch.get_num_threads(), "encode_s": statistics.median(encoding),
-        "decode_s": statistics.median(decoding), "entropy_coding_overhead": [min(overheads), max(overheads)],
-        "decoder_values": decoder, "all_values": sum(weights.values()),
-    }  # fmt: skip
+        "picture": f"{image.width}×{image.height}",
+        "threads": torch.get_num_threads(),
+        "encode_s": statistics.median(encoding),
+        "decode_s": statistics.median(decoding),
+        "entropy_coding_overhead": [min(overheads), max(overheads)],
+        "decoder_values": sum(size for name, size in sizes.items() if not name.startswith(ENCODER_ONLY)),
+        "all_values": sum(sizes.values()),
+    }
 
 
-def bits_written(model, picture: Image.Image, quality: float) -> float:
-    """Bits of the symbols in a file, as a share of what the model estimates for them, window by window as the codec
+def bits_written(model: Any, image: Image.Image, quality: float) -> float:
+    """Bits of the symbols in a file, as a fraction of what the model estimates for them, window by window as the codec
     works."""
-    code_of, estimates = model.quantize, []
+    quantize, estimates = model.quantize, []
 
-    def watched(code, level):
-        quantized = code_of(code, level)
+    def watched(latents: Tensor, level: Tensor) -> Any:
+        quantized = quantize(latents, level)
         estimates.append(float(quantized.bits + quantized.hyper_bits))
         return quantized
 
     model.quantize = watched
     try:
-        body = unpack(compress(model, picture, quality=quality, model_id="")).body
+        body = unpack(compress(model, image, quality=quality, model_id="")).body
     finally:
         del model.quantize
     return 8 * (len(body) - 1) / sum(estimates)
@@ -346,10 +338,10 @@ PARTS = {
 }
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", default=list(PARTS))
-    parser.add_argument("--pictures", type=int, help="at most so many of each dataset")
+    parser.add_argument("--images", type=int, help="at most so many of each dataset")
     parser.add_argument("--kodak", default="kodak", help="folder or Hub id")
     parser.add_argument("--fashion", default="zalando-datasets/fashion_mnist")
     parser.add_argument("--emoji", default="outputs/emoji")

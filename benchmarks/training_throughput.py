@@ -20,12 +20,18 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 BATCH, EPOCHS, IMAGES = 128, 5, 20_000
 
 
-def load(folder: str):
+def load(folder: str) -> Tensor:
+    """The first training images (images, 1, height, width) in 0…1."""
     import numpy as np
     import pyarrow.parquet as pq
     import torch
@@ -43,12 +49,12 @@ def bare(folder: str, bf16: bool, compiled: bool) -> float:
     from torch.nn import functional as F
 
     class VAE(nn.Module):
-        def __init__(self):
+        def __init__(self) -> None:
             super().__init__()
             self.encoder = nn.Sequential(nn.Linear(784, 512), nn.ReLU(), nn.Linear(512, 32))
             self.decoder = nn.Sequential(nn.Linear(16, 512), nn.ReLU(), nn.Linear(512, 784), nn.Sigmoid())
 
-        def forward(self, x):
+        def forward(self, x: Tensor) -> Tensor:
             x = x.flatten(1)
             mean, logvar = self.encoder(x).chunk(2, 1)
             reconstruction = self.decoder(mean + torch.exp(0.5 * logvar) * torch.randn_like(mean))
@@ -71,6 +77,7 @@ def bare(folder: str, bf16: bool, compiled: bool) -> float:
 
 
 def pythae(folder: str) -> float:
+    """pythae's own training loop."""
     from pythae.models import VAE, VAEConfig
     from pythae.pipelines import TrainingPipeline
     from pythae.trainers import BaseTrainerConfig
@@ -79,32 +86,30 @@ def pythae(folder: str) -> float:
     class Clock(TrainingCallback):
         first = last = 0.0
 
-        def on_train_step_end(self, training_config, **kwargs):
+        def on_train_step_end(self, training_config: Any, **kwargs: Any) -> None:
             self.first = self.first or time.perf_counter()
 
-        def on_epoch_end(self, training_config, **kwargs):
+        def on_epoch_end(self, training_config: Any, **kwargs: Any) -> None:
             self.last = time.perf_counter()
 
     x, clock = load(folder), Clock()
-    config = BaseTrainerConfig(
-        output_dir=tempfile.mkdtemp(),
-        num_epochs=EPOCHS,
-        learning_rate=1e-3,
-        per_device_train_batch_size=BATCH,
-        no_cuda=True,
-    )
+    fields = dict(num_epochs=EPOCHS, learning_rate=1e-3, per_device_train_batch_size=BATCH, no_cuda=True)
+    config = BaseTrainerConfig(output_dir=tempfile.mkdtemp(), **fields)
     pipeline = TrainingPipeline(model=VAE(VAEConfig(input_dim=(1, 28, 28), latent_dim=16)), training_config=config)
     pipeline(train_data=x, callbacks=[clock])
     return (EPOCHS * len(x) - BATCH) / (clock.last - clock.first)
 
 
 def ours(folder: str, precision: str, compiled: bool) -> float:
+    """hf_ae's training script."""
+    flags = f"""
+        --model_type hf_ae_vae --config_overrides hidden_sizes=[512],latent_dim=16,activation=relu
+        --max_train_samples {IMAGES} --train_batch_size {BATCH} --num_train_epochs {EPOCHS} --validation_epochs 0
+        --mixed_precision {precision}
+    """
     with tempfile.TemporaryDirectory() as output:
-        command = [
-            sys.executable, "-m", "hf_ae.train", "--dataset_name", folder, "--max_train_samples", str(IMAGES), "--output_dir", output,
-            "--model_type", "hf_ae_vae", "--config_overrides", "hidden_sizes=[512],latent_dim=16,activation=relu",
-            "--train_batch_size", str(BATCH), "--num_train_epochs", str(EPOCHS), "--validation_epochs", "0", "--mixed_precision", precision,
-        ]  # fmt: skip
+        where = ["--dataset_name", folder, "--output_dir", output]
+        command = [sys.executable, "-m", "hf_ae.train", *where, *flags.split()]
         env = {**os.environ, "ACCELERATE_DYNAMO_BACKEND": "inductor" if compiled else "no"}
         done = subprocess.run(command, capture_output=True, text=True, env=env)
     if done.returncode:
@@ -113,13 +118,14 @@ def ours(folder: str, precision: str, compiled: bool) -> float:
 
 
 def in_a_new_process(python: str, *arguments: str) -> float:
+    """What this script prints with these arguments."""
     done = subprocess.run([python, __file__, *arguments], capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(done.stderr[-2000:])
     return float(done.stdout.split()[-1])
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder")
     parser.add_argument("--rounds", type=int, default=5)
@@ -127,13 +133,10 @@ def main():
     parser.add_argument("--only", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.only:
-        print(
-            pythae(args.folder)
-            if args.only == "pythae"
-            else bare(args.folder, "bf16" in args.only, "compiled" in args.only)
-        )
+        how = {"bf16": "bf16" in args.only, "compiled": "compiled" in args.only}
+        print(pythae(args.folder) if args.only == "pythae" else bare(args.folder, **how))
         return
-    runs = {
+    runs: dict[str, Callable[[], float]] = {
         "hf_ae": lambda: ours(args.folder, "no", False),
         "bare": lambda: in_a_new_process(sys.executable, args.folder, "--only", "bare"),
         "hf_ae bf16": lambda: ours(args.folder, "bf16", False),
@@ -143,23 +146,13 @@ def main():
     if args.pythae:
         runs["pythae"] = lambda: in_a_new_process(args.pythae, args.folder, "--only", "pythae")
     results: dict[str, list[float]] = {name: [] for name in runs}
-    for number in range(args.rounds):
+    for index in range(args.rounds):
         for name, run in runs.items():
             results[name].append(run())
-        print(
-            f"round {number + 1}: "
-            + ", ".join(f"{name} {rates[-1]:,.0f}" for name, rates in results.items())
-            + " images/s",
-            flush=True,
-        )
-    pairs = [
-        ("hf_ae", "pythae"),
-        ("hf_ae", "bare"),
-        ("hf_ae bf16", "bare bf16"),
-        ("hf_ae bf16", "hf_ae"),
-        ("hf_ae compiled", "hf_ae"),
-    ]
-    for a, b in pairs:
+        found = ", ".join(f"{name} {rates[-1]:,.0f}" for name, rates in results.items())
+        print(f"round {index + 1}: {found} images/s", flush=True)
+    pairs = [("hf_ae", "pythae"), ("hf_ae", "bare"), ("hf_ae bf16", "bare bf16"), ("hf_ae bf16", "hf_ae")]
+    for a, b in [*pairs, ("hf_ae compiled", "hf_ae")]:
         if b in results:
             ratios = [x / y for x, y in zip(results[a], results[b])]
             print(f"{a} / {b}: median {statistics.median(ratios):.2f} (from {min(ratios):.2f} to {max(ratios):.2f})")

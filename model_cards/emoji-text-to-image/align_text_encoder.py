@@ -8,12 +8,14 @@ recipe.yaml names.
 
 import argparse
 import random
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 from transformers import get_scheduler
@@ -30,12 +32,12 @@ BATCH = 128
 class Alignment(nn.Module):
     """A text encoder, a vector for every image, and a linear map from texts to latents."""
 
-    def __init__(self, text_encoder, images: torch.Tensor, latent_size: int):
+    def __init__(self, text_encoder: nn.Module, images: Tensor, latent_size: int) -> None:
         super().__init__()
         self.text_encoder, self.images = text_encoder, nn.Embedding.from_pretrained(images, freeze=False)
         self.to_latents = nn.Linear(images.shape[1], latent_size)
 
-    def forward(self, tokens: dict, targets: torch.Tensor, latents: torch.Tensor):
+    def forward(self, tokens: dict[str, Tensor], targets: Tensor, latents: Tensor) -> tuple[Tensor, Tensor]:
         """targets: (texts, images), rows sum to 1. latents: (texts, values).
 
         contrast: cross-entropy of a caption's images under the cosine similarities of texts and images, as in CLIP
@@ -48,8 +50,14 @@ class Alignment(nn.Module):
 
 
 def align_text_encoder(
-    text_encoder, tokenizer, captions: Captions, latents: torch.Tensor, epochs: int, seed: int, log=print
-):
+    text_encoder: Any,
+    tokenizer: Any,
+    captions: Captions,
+    latents: Tensor,
+    epochs: int,
+    seed: int,
+    log: Callable[[str], Any] = print,
+) -> None:
     """Fine-tune `text_encoder` in place. Unlike images and captions of CLIP, the images are few and known: each gets a
     vector, that starts as the mean of its captions'."""
     device = next(text_encoder.parameters()).device
@@ -64,10 +72,8 @@ def align_text_encoder(
     flat /= flat.square().mean().sqrt()
     model = Alignment(text_encoder, first_vectors(text_encoder, tokens, captions), flat.shape[1]).to(device)
     text_encoder.requires_grad_(True).train()
-    if hasattr(text_encoder, "set_attn_implementation"):
-        text_encoder.set_attn_implementation(
-            "eager"
-        )  # torch's fused attention has a slow backward pass in bf16 on a CPU
+    # torch's fused attention has a slow backward pass in bf16 on a CPU
+    text_encoder.set_attn_implementation("eager")
     steps = max(1, len(images_of) * epochs // BATCH)
     rest = [*model.images.parameters(), *model.to_latents.parameters()]
     optimizer = torch.optim.AdamW([{"params": text_encoder.parameters(), "lr": 1e-4}, {"params": rest, "lr": 1e-3}])
@@ -92,7 +98,7 @@ def align_text_encoder(
 
 
 @torch.no_grad()
-def first_vectors(text_encoder, tokens: dict, captions: Captions) -> torch.Tensor:
+def first_vectors(text_encoder: Any, tokens: dict[str, Tensor], captions: Captions) -> Tensor:
     """For each image the mean over its columns of the mean of their captions' vectors: (images, width)."""
     vectors = text_vectors(text_encoder, tokens)
     empty = vectors.new_zeros(vectors.shape[1])
@@ -101,14 +107,14 @@ def first_vectors(text_encoder, tokens: dict, captions: Captions) -> torch.Tenso
 
 
 @torch.no_grad()
-def round_matrices(model):
+def round_matrices(model: nn.Module) -> None:
     """Round all matrices in place to what float8 (e4m3: three bits of mantissa) holds; vectors stay as they are."""
     for weight in model.parameters():
         if weight.ndim == 2:
             weight.copy_(weight.to(torch.float8_e4m3fn))
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in ("text_model", "vae", "dataset", "output"):
         parser.add_argument(name)

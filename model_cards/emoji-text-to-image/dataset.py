@@ -9,17 +9,18 @@ them.
 import random
 import sys
 from pathlib import Path
+from typing import Any
 
-from hf_ae.data.images import open_dataset
+from hf_ae.data import open_dataset
 
 
-def main(source: str, output: Path):
+def main(source: str, output: Path) -> None:
     emoji = open_dataset(source)["train"].filter(lambda tone: not tone, input_columns="skin_tone")
     names = {name.lower() for name in emoji["text"]} | {words[0] for words in emoji["keywords"] if words}
     keywords = sorted({word for words in emoji["keywords"] for word in words[1:]} - names)
     held_out = set(random.Random(0).sample(keywords, len(keywords) // 10))
 
-    def split_keywords(row):
+    def split_keywords(row: dict[str, Any]) -> dict[str, list[str]]:
         others = [word for word in row["keywords"] if word.lower() != row["text"].lower()]
         return {
             "keywords": [w for w in others if w not in held_out],
@@ -31,9 +32,8 @@ def main(source: str, output: Path):
     output.mkdir(parents=True, exist_ok=True)
     for split, rows in {"train": sorted(set(range(len(emoji))) - tenth), "test": sorted(tenth)}.items():
         emoji.select(rows).to_parquet(output / f"{split}.parquet")
-    print(
-        f"{output}: {len(emoji) - len(tenth)} emoji to train on, {len(tenth)} held out; {len(held_out)} keywords held out."
-    )
+    counts = f"{len(emoji) - len(tenth)} emoji to train on, {len(tenth)} held out"
+    print(f"{output}: {counts}; {len(held_out)} keywords held out.")
 
 
 if __name__ == "__main__":

@@ -30,7 +30,8 @@ from serving import HERE, load_pipeline, remembered
 
 TITLE = "hf_ae: every autoencoder"
 HEADER = """<header><h1>Every autoencoder, in your browser</h1>
-<p>An autoencoder learns to put a picture into a few numbers, its <b>code</b>, and to get it back from them. Here is what that is good for.
+<p>An autoencoder learns to put a picture into a few numbers, its <b>code</b>, and to get it back from them. \
+Here is what that is good for.
 Every model here is small enough for a CPU.</p></header>"""
 HEAD = (
     '<meta name="description" content="Draw, compress, explore, repair: autoencoders as Hugging Face models.">'
@@ -58,31 +59,29 @@ def build() -> gr.Blocks:
                 repair = tab_repair.build()
             with gr.Tab("Compare", id="compare"):
                 compare = tab_compare.build()
-        for outputs, fill in [
-            (trip, tab_round_trip.first),
-            *latent,
-            (repair, tab_repair.first),
-            (compare, tab_compare.compare),
-        ]:
+        filled = [(trip, tab_round_trip.first), *latent, (repair, tab_repair.first), (compare, tab_compare.compare)]
+        for outputs, fill in filled:
             drawn.then(remembered(fill), None, outputs, api_visibility="private", show_progress="hidden", queue=False)
     return demo
 
 
-def warm():
-    """What the first visitor needs: on ZeroGPU loaded before anything forks, elsewhere also drawn, while the page travels."""
-    with contextlib.suppress(ValueError, gr.Error):  # said again, on the page, to whoever asks for it
+def warm() -> None:
+    """What the first visitor needs: on ZeroGPU loaded before anything forks, elsewhere also drawn, while the page
+    travels."""
+    with contextlib.suppress(ValueError, gr.Error):  # shown again, on the page, to whoever asks for it
         load_pipeline() if ON_ZERO_GPU else tab_prompt.first_drawing()
 
 
-def sweep(folder: Path, kept: set[str], seconds: float = KEEP_FILES):
-    """Delete the files, and the empty folders, that nobody has touched for so long; not those that the page itself shows."""
+def sweep(folder: Path, kept: set[str], seconds: float = KEEP_FILES) -> None:
+    """Delete the files, and the empty folders, that nobody has touched for so long; not those that the page itself
+    shows."""
     for path in folder.rglob("*"):
         with contextlib.suppress(OSError):  # in use, not empty, or gone
             if time.time() - path.stat().st_ctime > seconds and str(path) not in kept:
                 path.rmdir() if path.is_dir() else path.unlink()
 
 
-def keep_tidy(demo: gr.Blocks):
+def keep_tidy(demo: gr.Blocks) -> None:
     """Sweep from time to time. Gradio's own `delete_cache` stops for good when a file comes while it looks."""
     while True:
         time.sleep(SWEEP)
@@ -90,14 +89,15 @@ def keep_tidy(demo: gr.Blocks):
         sweep(Path(os.environ["GRADIO_TEMP_DIR"]), kept)
 
 
-def main():
+def main() -> None:
     if ON_ZERO_GPU:
         warm()
     demo = build()
     demo.queue(max_size=100)
     demo.launch(
-        theme=theme(), css_paths=HERE / "style.css", head=HEAD, mcp_server=True, max_file_size="30mb", max_threads=8, ssr_mode=False,
-        footer_links=["api", "gradio", "settings"], prevent_thread_lock=True, state_session_capacity=SESSIONS,
+        theme=theme(), css_paths=HERE / "style.css", head=HEAD, footer_links=["api", "gradio", "settings"],
+        mcp_server=True, max_file_size="30mb", max_threads=8, ssr_mode=False, prevent_thread_lock=True,
+        state_session_capacity=SESSIONS,
     )  # fmt: skip
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that what stands at the exit is done
     threading.Thread(target=keep_tidy, args=(demo,), daemon=True).start()

@@ -1,4 +1,4 @@
-"""The plane: a code of two numbers, so every point of a plane is a picture."""
+"""The plane: latents of two values, so every point of a plane is an image."""
 
 from __future__ import annotations
 
@@ -6,15 +6,16 @@ import html
 
 import gradio as gr
 from page import data_uri, show_one
+from PIL import Image
 from serving import LIVE, enlarge, friendly, load_model, number
 
 MODEL, SIDE = "mnist-ae-2d", 20
 X, Y = (-8.0, 17.0), (-8.0, 17.0)
-"""The model, pictures along a side of the map, and what part of the plane it shows: that where nearly all digits lie."""
+"""The model, images along a side of the map, and what part of the plane it shows: that where nearly all digits lie."""
 
 
 @friendly
-def plane_point(x: float = 0, y: float = 0):
+def plane_point(x: float = 0, y: float = 0) -> Image.Image:
     """Draw the digit at a point of the plane: an autoencoder keeps two numbers of a digit, and every pair is a point.
 
     Args:
@@ -28,12 +29,12 @@ def plane_point(x: float = 0, y: float = 0):
 
     from hf_ae.latents import decode
 
-    loaded = load_model(MODEL)
-    code = [number(x, *X, "x"), number(y, *Y, "y")]
-    return enlarge(loaded[1].postprocess(decode(loaded[0], torch.tensor([code])))[0])
+    model, processor = load_model(MODEL)
+    latents = torch.tensor([[number(x, *X, "x"), number(y, *Y, "y")]])
+    return enlarge(processor.postprocess(decode(model, latents))[0])
 
 
-def first():
+def first() -> tuple[str, Image.Image]:
     """The map, and the digit in the middle of it."""
     from hf_ae.latents import manifold_grid
     from hf_ae.plots import image_grid
@@ -42,12 +43,13 @@ def first():
     return map_html(image_grid(grid, SIDE, gap=0)), plane_point(sum(X) / 2, sum(Y) / 2)
 
 
-def map_html(picture) -> str:
+def map_html(image: Image.Image) -> str:
+    """The map, with what the page needs to know where a pointer on it is."""
     edges = 'data-left="{}" data-right="{}" data-bottom="{}" data-top="{}"'.format(*X, *Y)
     label = "Map of the plane: a digit at every point. Point or drag on it; or use the two sliders."
     return (
-        f'<div class="map" {edges} role="img" aria-label="{html.escape(label)}"><img src="{data_uri(picture)}" alt="" draggable="false">'
-        '<i class="dot"></i></div>'
+        f'<div class="map" {edges} role="img" aria-label="{html.escape(label)}">'
+        f'<img src="{data_uri(image)}" alt="" draggable="false"><i class="dot"></i></div>'
     )
 
 
@@ -75,12 +77,13 @@ MOVE_DOT = """(x, y) => {
 }"""
 
 
-def point_at(event: gr.EventData):
+def point_at(event: gr.EventData) -> tuple[float, float, Image.Image]:
     """The pointer on the map -> the two sliders and the digit."""
     return event.x, event.y, plane_point(event.x, event.y)
 
 
-def build():
+def build() -> list[gr.components.Component]:
+    """The section. Returns the outputs of `first`."""
     with gr.Row(equal_height=False):
         with gr.Column(scale=6, min_width=300):
             plane = gr.HTML(elem_id="plane", js_on_load=POINT, apply_default_css=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gradio as gr
 from page import show_many
+from PIL import Image
 from serving import LIVE, SHEETS, enlarge, friendly, load_model, number, whole
 
 MODEL, COUNT = "fashion-vqvae2", 3
@@ -11,7 +12,7 @@ FIRST = "ankle boot"
 
 
 @friendly
-def draw_class(kind: str = FIRST, seed: int = 0, guidance: float = 2.5):
+def draw_class(kind: str = FIRST, seed: int = 0, guidance: float = 2.5) -> list[Image.Image]:
     """Draw new pieces of clothing of a class: a transformer writes their codes, and a VQ-VAE-2 decodes them.
 
     Args:
@@ -27,10 +28,11 @@ def draw_class(kind: str = FIRST, seed: int = 0, guidance: float = 2.5):
     model, processor = load_model(MODEL)
     label, seed = SHEETS["clothes"].index(kind), whole(seed, 0, 99, "The seed")
     drawn = model.generate(COUNT, labels=label, guidance_scale=number(guidance, 1, 5, "The guidance"), seed=seed)
-    return [enlarge(picture) for picture in processor.postprocess(drawn)]
+    return [enlarge(image) for image in processor.postprocess(drawn)]
 
 
-def build():
+def build() -> list[gr.components.Component]:
+    """The section. Returns the output of `draw_class`."""
     with gr.Row(equal_height=False):
         with gr.Column(scale=4, min_width=260):
             kind = gr.Radio(SHEETS["clothes"], value=FIRST, label="Class", elem_id="class")
@@ -43,15 +45,9 @@ def build():
                 "New pictures", "class-pictures", 3, elem_classes="pixels", buttons=["download", "fullscreen"]
             )
     gr.HTML(
-        "<p>Random codes of a good compressor mean nothing. So a transformer learned which code follows which, as a language model learns "
-        "words; it writes the 65 indices of a picture, the 16 coarse ones first.</p>"
+        "<p>Random codes of a good compressor mean nothing. So a transformer learned which code follows which, as a "
+        "language model learns words; it writes the 65 indices of a picture, the 16 coarse ones first.</p>"
     )
-    gr.on(
-        [kind.input, seed.input, guidance.input],
-        draw_class,
-        [kind, seed, guidance],
-        shown,
-        api_name="draw_class",
-        **LIVE,
-    )
+    fields = [kind, seed, guidance]
+    gr.on([field.input for field in fields], draw_class, fields, shown, api_name="draw_class", **LIVE)
     return [shown]

@@ -1,4 +1,4 @@
-"""Small pictures in a row, to pick one: buttons that a keyboard and a screen reader know."""
+"""Small images in a row, to pick one: buttons that a keyboard and a screen reader know."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from PIL import Image
 from serving import SHEETS, sample_file
 
 Items = list[tuple[str, str]]
-"""(what it shows, file) of each picture."""
+"""(what it shows, file) of each image."""
 PICK = """element.addEventListener('click', event => {
     const button = event.target.closest('button');
     if (button) trigger('click', {index: Number(button.dataset.index)});
@@ -25,7 +25,7 @@ def sheet_items(sheet: str, index: int = 1) -> Items:
 
 
 def picker_of(items: Items, label: str, elem_id: str) -> gr.HTML:
-    """A row of pictures; its `click` event tells which one, see `chosen`."""
+    """A row of images; its `click` event tells which one, see `chosen`."""
     options = {"js_on_load": PICK, "elem_classes": "picker", "apply_default_css": False}
     return gr.HTML(buttons_for(items, label), elem_id=elem_id, **options)
 
@@ -34,11 +34,12 @@ def buttons_for(items: Items, label: str) -> str:
     """The HTML of a picker."""
     buttons = ""
     for index, (name, path) in enumerate(items):
-        picture = Image.open(path)
-        picture.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
+        image = Image.open(path)
+        image.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
+        title = html.escape(name)
         buttons += (
-            f'<button type="button" data-index="{index}" aria-label="{html.escape(name)}" title="{html.escape(name)}">'
-            f'<img src="{data_uri(picture)}" alt=""></button>'
+            f'<button type="button" data-index="{index}" aria-label="{title}" title="{title}">'
+            f'<img src="{data_uri(image)}" alt=""></button>'
         )
     return f'<div role="group" aria-label="{html.escape(label)}">{buttons}</div>'
 

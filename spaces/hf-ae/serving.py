@@ -1,7 +1,8 @@
-"""What every tab needs: models that load once, pictures that are safe to open, errors that read well.
+"""What every tab needs: models that load once, images that are safe to open, errors that read well.
 
-Models come from `HF_AE_SPACE_MODELS`: a folder of model folders or an owner on the Hub, and `name=place` for single models, with
-commas between. Default: the model_cards of the checkout around this folder, or else the ids that the Space's README lists.
+Models come from `HF_AE_SPACE_MODELS`: a folder of model folders or an owner on the Hub, and `name=place` for single
+models, with commas between. Default: the model_cards of the checkout around this folder, or else the ids that the
+Space's README lists.
 """
 
 from __future__ import annotations
@@ -17,15 +18,18 @@ import re
 import shutil
 import tempfile
 import threading
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import gradio as gr
+from PIL import Image
 
 HERE = Path(__file__).resolve().parent
 EXAMPLES = HERE / "examples"
 CHECKOUT = HERE.parent.parent / "model_cards"
 MOST_PIXELS = 25_000_000
-"""Of an uploaded picture, as its header announces them."""
+"""Of an uploaded image, as its header announces them."""
 FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "GIF", "BMP", "TIFF")
 """That Pillow may decode: none of them runs another program."""
 SHARED = {"concurrency_id": "compute", "concurrency_limit": 2, "trigger_mode": "always_last"}
@@ -34,11 +38,11 @@ LIVE = {**SHARED, "show_progress": "hidden"}
 """An event that follows a control while it moves."""
 log = logging.getLogger("hf_ae.space")
 
-try:
-    from spaces import GPU  # type: ignore[import-not-found]  # on the Hub; for text-to-image only: the rest takes no time on a CPU
+try:  # on the Hub; for text-to-image only: the rest takes no time on a CPU
+    from spaces import GPU  # type: ignore[import-not-found]
 except ImportError:
 
-    def GPU(function):  # type: ignore[no-redef]
+    def GPU(function: Callable) -> Callable:  # type: ignore[no-redef]
         """Here everything runs on the CPU."""
         return function
 
@@ -103,15 +107,17 @@ _fetched: dict[tuple[str, str], Path] = {}
 
 
 LOADING = threading.RLock()
-_loaded: dict[tuple[str, str], object] = {}
+_loaded: dict[tuple[str, str], Any] = {}
 
 
-def load_once(kind: str, name: str, load):
-    """What `load()` gives, the first time; the same object ever after."""
+def load_once(kind: str, name: str, load: Callable[[Any], Any]) -> Any:
+    """What `load(hf_ae.loading)` gives, the first time; the same object ever after."""
     if (kind, name) not in _loaded:
         with LOADING:
             if (kind, name) not in _loaded:
-                _loaded[kind, name] = load()
+                from hf_ae import loading
+
+                _loaded[kind, name] = load(loading)
     return _loaded[kind, name]
 
 
@@ -119,37 +125,23 @@ def is_loaded(kind: str, name: str) -> bool:
     return (kind, name) in _loaded
 
 
-def load_model(name: str):
+def load_model(name: str) -> tuple[Any, Any]:
     """(model, image processor) of a shipped autoencoder."""
-
-    def load():
-        from hf_ae.loading import load_model as load_it
-
-        return load_it(place(name))
-
-    return load_once("model", name, load)
+    return load_once("model", name, lambda loading: loading.load_model(place(name)))
 
 
-def load_codec(name: str):
+def load_codec(name: str) -> Any:
     """An autoencoder as `hf_ae.codec` takes it."""
-
-    def load():
-        from hf_ae.loading import load_autoencoder
-
-        return load_autoencoder(place(name))
-
-    return load_once("codec", name, load)
+    return load_once("codec", name, lambda loading: loading.load_autoencoder(place(name)))
 
 
-def load_pipeline(name: str = "emoji-text-to-image"):
+def load_pipeline(name: str = "emoji-text-to-image") -> Any:
     """The text-to-image pipeline; on the GPU where there is one."""
 
-    def load():
+    def load(loading: Any) -> Any:
         import torch
 
-        from hf_ae.loading import load_pipeline as load_it
-
-        pipe = load_it(place(name))
+        pipe = loading.load_pipeline(place(name))
         pipe.set_progress_bar_config(disable=True)
         return pipe.to("cuda") if torch.cuda.is_available() else pipe
 
@@ -159,35 +151,40 @@ def load_pipeline(name: str = "emoji-text-to-image"):
 # Errors and inputs
 
 
-def use_threads(count: int):
-    """Torch's threads in this worker. One is fastest for small steps: where there are more threads than cores, libgomp makes them wait."""
+def use_threads(count: int) -> None:
+    """Torch's threads in this worker. One is fastest for small steps: where there are more threads than cores, libgomp
+    makes them wait."""
     import torch
 
     torch.set_num_threads(min(count, os.cpu_count() or 1))
 
 
-def friendly(action, threads: int = 1):
-    """An action that hands over pictures as files, and whose every error is one line for whoever asked; what nobody foresaw is logged."""
+def friendly(action: Callable, threads: int = 1) -> Callable:
+    """An action that hands over images as files, and whose every error is one line for whoever asked; what nobody
+    foresaw is logged."""
     if inspect.isgeneratorfunction(action):
 
         @functools.wraps(action)
-        def run(*args, **options):
+        def run(*args: Any, **options: Any) -> Any:
             try:
                 use_threads(threads)
                 for output in action(*args, **options):
                     yield each(output, as_file)
             except Exception as error:
                 raise readable(error) from None
+
     else:
 
         @functools.wraps(action)
-        def run(*args, **options):
+        def run(*args: Any, **options: Any) -> Any:
             try:
                 use_threads(threads)
                 return each(action(*args, **options), as_file)
             except Exception as error:
                 raise readable(error) from None
 
+    # Gradio reads no more than one line about each argument
+    run.__doc__ = re.sub(r"\n {8,}", " ", inspect.getdoc(action) or "")
     return run
 
 
@@ -203,22 +200,16 @@ def readable(error: Exception) -> gr.Error:
     return gr.Error(html.escape(text[:300]), print_exception=False, title="That did not work")
 
 
-def upload(**options) -> gr.Image:
+def upload(**options: Any) -> gr.Image:
     """An image input that hands over the path of the file as it came: nothing is decoded before its size is known.
 
     Only files in the folder of uploads count: whoever calls the API may write any path.
     """
-    image = gr.Image(
-        type="filepath",
-        image_mode=None,
-        format="png",
-        sources=["upload", "clipboard"],
-        alt_text=options["label"],
-        **options,
-    )
+    shown = {"format": "png", "alt_text": options["label"], **options}
+    image = gr.Image(type="filepath", image_mode=None, sources=["upload", "clipboard"], **shown)
     decode = image.preprocess
 
-    def preprocess(payload):
+    def preprocess(payload: Any) -> Any:
         if payload is None or not payload.path:
             return decode(payload)
         if not Path(payload.path).resolve().is_relative_to(Path(os.environ["GRADIO_TEMP_DIR"]).resolve()):
@@ -229,44 +220,43 @@ def upload(**options) -> gr.Image:
     return image
 
 
-def open_upload(path, most_side: int | None = None, gray: bool = False):
-    """The picture at `path`, RGB or gray, turned as its EXIF says, on white, no side longer than `most_side`. Raises ValueError."""
-    from PIL import Image
-
+def open_upload(path: str | None, most_side: int | None = None, gray: bool = False) -> Image.Image:
+    """The image at `path`, RGB or gray, turned as its EXIF says, on white, no side longer than `most_side`. Raises
+    ValueError."""
     from hf_ae.models.image_processing import open_image, to_mode
 
     if not path:
         raise ValueError("There is no picture yet: upload one, or click one of the examples.")
-    most = f"at most {MOST_PIXELS // 1_000_000} megapixels are accepted"
+    most, known = f"at most {MOST_PIXELS // 1_000_000} megapixels are accepted", ", ".join(FORMATS[:5])
     try:
         with Image.open(path, formats=FORMATS) as header:
             width, height = header.size
     except Image.DecompressionBombError:
         raise ValueError(f"This picture is far too large: {most}.") from None
     except Exception:  # every decoder has its own exceptions
-        raise ValueError(f"This file is no picture that can be read here: use {', '.join(FORMATS[:5])}.") from None
+        raise ValueError(f"This file is no picture that can be read here: use {known}.") from None
     if width * height > MOST_PIXELS:
         raise ValueError(f"This picture has {width * height / 1e6:.0f} megapixels, and {most}: make it smaller first.")
     try:
         with Image.open(path, formats=FORMATS) as file:
             if most_side:
                 file.draft("RGB", (most_side, most_side))
-            picture = to_mode(open_image(file), 1 if gray else 3)
+            image = to_mode(open_image(file), 1 if gray else 3)
     except Exception:
         raise ValueError("This picture is damaged: its first part reads well, but not the rest.") from None
-    if most_side and max(picture.size) > most_side:
-        picture.thumbnail((most_side, most_side), Image.Resampling.LANCZOS)
-    return picture
+    if most_side and max(image.size) > most_side:
+        image.thumbnail((most_side, most_side), Image.Resampling.LANCZOS)
+    return image
 
 
-def whole(value, low: int, high: int, what: str) -> int:
+def whole(value: Any, low: int, high: int, what: str) -> int:
     """A whole number within limits. Raises ValueError."""
     if not isinstance(value, int | float) or not low <= value <= high or value != int(value):
         raise ValueError(f"{what} must be a whole number from {low:,} to {high:,}.")
     return int(value)
 
 
-def number(value, low: float, high: float, what: str) -> float:
+def number(value: Any, low: float, high: float, what: str) -> float:
     """A number within limits. Raises ValueError."""
     if not isinstance(value, int | float) or not low <= value <= high:
         raise ValueError(f"{what} must be a number from {low:g} to {high:g}.")
@@ -285,15 +275,14 @@ PER_CLASS = 8
 
 
 @functools.cache
-def samples(sheet: str) -> dict[str, list]:
-    """class -> its pictures (28×28, gray), test pictures that no model trained on."""
-    from PIL import Image
-
+def samples(sheet: str) -> dict[str, list[Image.Image]]:
+    """class -> its images (28×28, gray), test images that no model trained on."""
     page = Image.open(EXAMPLES / f"{sheet}.png").convert("L")
-    boxes = [
-        [(28 * column, 28 * row, 28 * column + 28, 28 * row + 28) for column in range(PER_CLASS)] for row in range(10)
-    ]
-    return {name: [page.crop(box) for box in row] for name, row in zip(SHEETS[sheet], boxes)}
+    lefts = range(0, 28 * PER_CLASS, 28)
+    return {
+        name: [page.crop((left, 28 * row, left + 28, 28 * row + 28)) for left in lefts]
+        for row, name in enumerate(SHEETS[sheet])
+    }
 
 
 @functools.cache
@@ -314,14 +303,14 @@ def sample_file(sheet: str, name: str, index: int) -> str:
     return str(path)
 
 
-def each(value, change):
+def each(value: Any, change: Callable[[Any], Any]) -> Any:
     """`change` of everything in a result, which may be a tuple or list of results."""
     return type(value)(each(part, change) for part in value) if isinstance(value, tuple | list) else change(value)
 
 
-def as_file(value):
-    """A picture as the PNG that the browser fetches, written fast rather than small; anything else as it is."""
-    if not (hasattr(value, "save") and hasattr(value, "getbands")):
+def as_file(value: Any) -> Any:
+    """An image as the PNG that the browser fetches, written fast rather than small; anything else as it is."""
+    if not isinstance(value, Image.Image):
         return value
     buffer = io.BytesIO()
     value.save(buffer, "PNG", compress_level=1)
@@ -333,12 +322,13 @@ def served(data: bytes, name: str) -> str:
     return write_once(Path(os.environ["GRADIO_TEMP_DIR"]), data, name)
 
 
-def keep(value):
-    """Of a file that the page may fetch for an hour, a copy for as long as the process lasts; anything else as it is."""
+def keep(value: Any) -> Any:
+    """Of a file that the page may fetch for an hour, a copy for as long as the process lasts; anything else as it
+    is."""
     return keep_file(value) if isinstance(value, str) and value.startswith(os.environ["GRADIO_TEMP_DIR"]) else value
 
 
-def keep_file(path) -> str:
+def keep_file(path: str | Path) -> str:
     """A copy of a file that the page may show for as long as the process lasts."""
     return write_once(own_folder(), Path(path).read_bytes(), Path(path).name)
 
@@ -357,11 +347,11 @@ def write_once(root: Path, data: bytes, name: str) -> str:
     return str(path)
 
 
-def remembered(fill):
+def remembered(fill: Callable[[], Any]) -> Callable[[], Any]:
     """What `fill()` gives, worked out once for all visitors, with files that last as long as the process."""
     lock, kept = threading.Lock(), []
 
-    def first_view():
+    def first_view() -> Any:
         with lock:
             if not kept:
                 kept.append(each(fill(), keep))
@@ -370,9 +360,7 @@ def remembered(fill):
     return first_view
 
 
-def enlarge(picture, side: int = 224):
-    """A small picture several times as large, pixel by pixel, so that one sees it."""
-    from PIL import Image
-
-    factor = max(1, side // max(picture.size))
-    return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
+def enlarge(image: Image.Image, side: int = 224) -> Image.Image:
+    """A small image several times as large, pixel by pixel, so that one sees it."""
+    factor = max(1, side // max(image.size))
+    return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)

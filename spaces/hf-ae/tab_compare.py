@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 
 import gradio as gr
 from page import intro, show_many, table, terms
@@ -28,8 +29,8 @@ FAMILIES = {
     "Photos": ("photo-compressive",),
     "Emoji": ("emoji-compressive", "emoji-coloring"),
 }
-"""Models that were measured on the same test pictures."""
-COLUMNS = {
+"""Models that were measured on the same test images."""
+COLUMNS: dict[str, Callable[[dict], str]] = {
     "numbers in the code": lambda m: f"{m['code_size']:,}",
     "PSNR, dB": lambda m: f"{m['reconstruction']['psnr']:.2f}",
     "SSIM": lambda m: f"{m['reconstruction']['ssim']:.3f}",
@@ -48,7 +49,8 @@ def measured(name: str) -> dict | None:
     return json.loads(path.read_text()) if path else None
 
 
-def cell(read, metrics: dict) -> str:
+def cell(read: Callable[[dict], str], metrics: dict) -> str:
+    """A figure of a model; empty where it was not measured."""
     try:
         return read(metrics)
     except KeyError:
@@ -56,7 +58,7 @@ def cell(read, metrics: dict) -> str:
 
 
 @friendly
-def compare(family: str = "Fashion-MNIST"):
+def compare(family: str = "Fashion-MNIST") -> tuple[str, list[tuple[str, str]]]:
     """The measured table of a family of autoencoders: size of the code, reconstruction error, files and samples.
 
     Args:
@@ -73,33 +75,28 @@ def compare(family: str = "Fashion-MNIST"):
     rows = {name: [cell(read, metrics) for read in COLUMNS.values()] for name, metrics in found.items()}
     rows = dict(sorted(rows.items(), key=lambda row: -float(row[1][1] or 0)))
     kept = [i for i in range(len(COLUMNS)) if any(row[i] for row in rows.values())]
-    pictures = sorted({f"{metrics['images']:,} of {metrics['dataset'].split('/')[-1]}" for metrics in found.values()})
-    caption = f"Measured on test pictures ({'; '.join(pictures)}), with hf-ae evaluate"
+    images = sorted({f"{metrics['images']:,} of {metrics['dataset'].split('/')[-1]}" for metrics in found.values()})
+    caption = f"Measured on test pictures ({'; '.join(images)}), with hf-ae evaluate"
     head = ["model", *(list(COLUMNS)[i] for i in kept)]
-    drawn = [
-        (path, name)
-        for name in rows
-        if (path := file_of(name, "reconstructions.png") or file_of(name, "roundtrip.jpg"))
-    ]
-    return table(head, [[name, *(row[i] for i in kept)] for name, row in rows.items()], caption), [
-        (keep_file(path), name) for path, name in drawn
-    ]
+    body = [[name, *(row[i] for i in kept)] for name, row in rows.items()]
+    files = {name: file_of(name, "reconstructions.png") or file_of(name, "roundtrip.jpg") for name in rows}
+    return table(head, body, caption), [(keep_file(path), name) for name, path in files.items() if path]
 
 
-def build():
+def build() -> list[gr.components.Component]:
     """The tab. Returns its outputs."""
     intro(
-        "One recipe, many autoencoders: they differ in what the code may hold and in what they are punished for. The figures come from "
-        "the <b>metrics.json</b> beside each model, as <b>hf-ae evaluate</b> wrote it.",
-        ("picture", "test picture"),
+        "One recipe, many autoencoders: they differ in what the code may hold and in what they are punished for. The "
+        "figures come from the <b>metrics.json</b> beside each model, as <b>hf-ae evaluate</b> wrote it.",
+        ("image", "test picture"),
         ("encoder", "each encoder"),
-        ("code", "its code"),
+        ("latents", "its code"),
         ("decoder", "its decoder"),
         ("chart", "error, measured"),
     )
     family = gr.Radio(list(FAMILIES), value="Fashion-MNIST", label="Trained and measured on", elem_id="family")
     figures = gr.HTML(label="Figures", elem_id="measured", apply_default_css=False)
     terms("PSNR", "SSIM", "PCA", "FID")
-    pictures = show_many("Test pictures, and what comes back", "measured-pictures", 1)
-    family.input(compare, family, [figures, pictures], api_name="compare", queue=False)
-    return [figures, pictures]
+    images = show_many("Test pictures, and what comes back", "measured-pictures", 1)
+    family.input(compare, family, [figures, images], api_name="compare", queue=False)
+    return [figures, images]

@@ -1,12 +1,14 @@
-"""Repair: damage a picture, and see a denoising autoencoder undo it."""
+"""Repair: damage an image, and see a denoising autoencoder undo it."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import gradio as gr
-from page import intro, say, show_many, status, terms
-from picker import buttons_for, chosen, picker_of, sheet_items
+from page import intro, show_many, status, status_html, terms
+from picker import Items, buttons_for, chosen, picker_of, sheet_items
+from PIL import Image
 from serving import (
     EXAMPLES,
     LIVE,
@@ -40,7 +42,8 @@ PICKER = "Test pictures to pick"
 
 
 def repairer(damage: str) -> str | None:
-    """The model that repairs a kind of damage: that trained for it, or else the denoiser of gray pictures; None if neither can."""
+    """The model that repairs a kind of damage: that trained for it, or else the denoiser of gray images; None if
+    neither can."""
     kind, name, _ = DAMAGES[damage]
     if available(name):
         return name
@@ -48,18 +51,21 @@ def repairer(damage: str) -> str | None:
 
 
 def offered() -> list[str]:
+    """The kinds of damage that something repairs."""
     return [damage for damage in DAMAGES if repairer(damage)]
 
 
 @friendly
-def repair(picture: str, damage: str = "Noise", level: float = 0.3, seed: int = 0):
+def repair(
+    picture: str, damage: str = "Noise", level: float = 0.3, seed: int = 0
+) -> tuple[list[tuple[Image.Image, str]], str]:
     """Damage a picture and let a denoising autoencoder repair it.
 
     Args:
         picture: The picture; it becomes as small as the model's own (28×28 gray, or 64×64 for colours).
         damage: Noise, "Salt and pepper", Mask, Shrink or "Drop the colour".
-        level: How much. Noise: its standard deviation, 0.05 to 0.6. "Salt and pepper", Mask: the share of pixels, 0.02 to 0.4 and
-            0.05 to 0.8. Shrink: by how much, 2 to 7. The colour goes entirely, whatever the level.
+        level: How much. Noise: its standard deviation, 0.05 to 0.6. "Salt and pepper", Mask: the share of pixels,
+            0.02 to 0.4 and 0.05 to 0.8. Shrink: by how much, 2 to 7. The colour goes entirely, whatever the level.
         seed: Of the noise or mask, 0 to 99.
 
     Returns:
@@ -74,94 +80,77 @@ def repair(picture: str, damage: str = "Noise", level: float = 0.3, seed: int = 
         raise ValueError(f"This damage is not known: use one of {', '.join(offered())}.")
     kind, _, (low, high, _, _) = DAMAGES[damage]
     level = number(level, low, high, "The level")
-    name = repairer(damage)
-    model, processor = load_model(name)
+    model, processor = load_model(repairer(damage))
     original = open_upload(picture, 1024, gray=model.config.num_channels == 1)
     pixels = processor([original], return_tensors="pt").pixel_values
-    (darkest, lightest), generator = (
-        model.config.pixel_range,
-        torch.Generator().manual_seed(whole(seed, 0, 99, "The seed")),
-    )
+    darkest, lightest = model.config.pixel_range
+    generator = torch.Generator().manual_seed(whole(seed, 0, 99, "The seed"))
     damaged = corrupt(pixels, kind, round(level) if kind == "low_resolution" else level, darkest, lightest, generator)
     with torch.no_grad():
         repaired = model(damaged).reconstruction
-    errors = ((picture - pixels).square().mean() / (lightest - darkest) ** 2 for picture in (damaged, repaired))
+    errors = ((image - pixels).square().mean() / (lightest - darkest) ** 2 for image in (damaged, repaired))
     before, after = (psnr(error).item() for error in errors)
-    trained = model.config.corruption == kind
-    note = (
-        "This model was trained for this damage."
-        if trained
-        else "This model never saw this damage: it was trained for gaussian noise."
-    )
-    drawn = [enlarge(p) for p in processor.postprocess(torch.cat([pixels, damaged, repaired]))]
+    note = "This model was trained for this damage."
+    if model.config.corruption != kind:
+        note = "This model never saw this damage: it was trained for gaussian noise."
+    drawn = [enlarge(image) for image in processor.postprocess(torch.cat([pixels, damaged, repaired]))]
     verdict = "better" if after > before else "worse"
-    return list(zip(drawn, ("original", "damaged", "repaired"))), say(
-        f"PSNR {before:.1f} dB before, {after:.1f} dB after: {verdict}. {note}"
-    )
+    told = f"PSNR {before:.1f} dB before, {after:.1f} dB after: {verdict}. {note}"
+    return list(zip(drawn, ("original", "damaged", "repaired"))), status_html(told)
 
 
-def first():
-    """What the tab shows when the page opens, and the level's own limits: the API knows those of all kinds of damage."""
+def first() -> tuple:
+    """What the tab shows when the page opens, and the level's own limits: the API knows those of all kinds of
+    damage."""
     return *repair(sample_file("clothes", *START), *FIRST), level_for(FIRST[0])
 
 
-def samples_for(damage: str) -> list[tuple[str, str]]:
-    """(name, file) of what one can pick: clothes, or what has colours to drop."""
+def samples_for(damage: str) -> Items:
+    """What one can pick: clothes, or what has colours to drop."""
     if DAMAGES[damage][0] != "grayscale":
         return sheet_items("clothes", 0)
     return [(name.replace("-", " "), str(EXAMPLES / f"{name}.png")) for name in COLOURED]
 
 
-def level_for(damage: str):
+def level_for(damage: str) -> dict[str, Any]:
     """The level's slider."""
     low, high, value, step = DAMAGES[damage][2]
     return gr.update(minimum=low, maximum=high, value=value, step=step, visible=DAMAGES[damage][0] != "grayscale")
 
 
-def change_damage(damage, picture):
-    """The level's slider, the samples and the picture for another kind of damage; a picture of one's own stays."""
+def change_damage(damage: str, path: str | None) -> tuple:
+    """The level's slider, the samples and the image for another kind of damage; an image of one's own stays."""
     fitting = samples_for(damage)
-    foreign = {Path(file).name for kind in offered() for _, file in samples_for(kind)} - {
-        Path(file).name for _, file in fitting
-    }
-    return (
-        level_for(damage),
-        buttons_for(fitting, PICKER),
-        fitting[0][1] if picture and Path(picture).name in foreign else gr.skip(),
-    )
+    known = {Path(file).name for kind in offered() for _, file in samples_for(kind)}
+    foreign = known - {Path(file).name for _, file in fitting}
+    image = fitting[0][1] if path and Path(path).name in foreign else gr.skip()
+    return level_for(damage), buttons_for(fitting, PICKER), image
 
 
-def pick(damage, event: gr.EventData):
+def pick(damage: str, event: gr.EventData) -> str:
     return chosen(samples_for(damage), event)
 
 
-def build():
+def build() -> list[gr.components.Component]:
     """The tab. Returns the outputs of `first`."""
     intro(
-        "A <b>denoising</b> autoencoder sees damaged pictures in training and must return the clean ones. Its code has room for what "
-        "clothes look like, and none for noise: so the noise stays behind.",
-        ("picture", "picture"),
+        "A <b>denoising</b> autoencoder sees damaged pictures in training and must return the clean ones. Its code "
+        "has room for what clothes look like, and none for noise: so the noise stays behind.",
+        ("image", "picture"),
         ("noise", "damage"),
         ("encoder", "encoder"),
-        ("code", "code"),
+        ("latents", "code"),
         ("decoder", "decoder"),
-        ("picture", "repaired"),
+        ("image", "repaired"),
     )
     with gr.Row(equal_height=False):
         with gr.Column(scale=4, min_width=300):
-            picture = upload(
-                value=sample_file("clothes", *START),
-                label="Picture",
-                height=200,
-                elem_id="repair-picture",
-                elem_classes="pixels",
-            )
+            value = sample_file("clothes", *START)
+            image = upload(value=value, label="Picture", height=200, elem_id="repair-picture", elem_classes="pixels")
             picker = picker_of(samples_for(FIRST[0]), PICKER, "repair-picker")
             damage = gr.Radio(offered(), value=FIRST[0], label="Damage", elem_id="damage")
-            limits = [DAMAGES[damage][2][:2] for damage in offered()]
-            level = gr.Slider(
-                min(limits)[0], max(high for _, high in limits), FIRST[1], step=0.05, label="How much", elem_id="level"
-            )
+            lows, highs = zip(*(DAMAGES[damage][2][:2] for damage in offered()))
+            level = gr.Slider(min(lows), max(highs), FIRST[1], step=0.05, label="How much", elem_id="level")
             seed = gr.Slider(0, 99, 0, step=1, label="Seed of the damage", elem_id="damage-seed")
         with gr.Column(scale=7, min_width=300):
             shown = show_many(
@@ -171,10 +160,10 @@ def build():
             terms("PSNR")
 
     private = {"api_visibility": "private"}
-    repairing = {"inputs": [picture, damage, level, seed], "outputs": [shown, told]}
-    gr.on([level.input, seed.input, picture.upload], repair, **repairing, api_name="repair", **LIVE)
-    changing = damage.input(change_damage, [damage, picture], [level, picker, picture], queue=False, **private)
-    picking = picker.click(pick, damage, picture, queue=False, **private)
+    repairing = {"inputs": [image, damage, level, seed], "outputs": [shown, told]}
+    gr.on([level.input, seed.input, image.upload], repair, **repairing, api_name="repair", **LIVE)
+    changing = damage.input(change_damage, [damage, image], [level, picker, image], queue=False, **private)
+    picking = picker.click(pick, damage, image, queue=False, **private)
     for event in (changing, picking):
         event.then(repair, **repairing, **SHARED, **private)
     return [*repairing["outputs"], level]

@@ -1,14 +1,16 @@
-"""Round trip: a picture through a file and back, beside JPEG, WebP and AVIF of that size."""
+"""Round trip: an image through a file and back, beside JPEG, WebP and AVIF of that size."""
 
 from __future__ import annotations
 
 import functools
 import math
 from pathlib import Path
+from typing import Any
 
 import gradio as gr
-from page import intro, say, show_many, show_one, status, table, terms
-from picker import chosen, picker_of
+from page import intro, show_many, show_one, status, status_html, table, terms
+from picker import Items, chosen, picker_of
+from PIL import Image
 from serving import (
     EXAMPLES,
     LIVE,
@@ -32,7 +34,7 @@ CODECS = {
 MOST_FILE = 2_000_000
 """Bytes of a compressed file that is opened."""
 MOST_SIDE = 4096
-"""Pixels of its picture's longer side."""
+"""Pixels of its image's longer side."""
 FIRST = ("window.png", "Photo", 0.25)
 SHOWN = {
     "Photo": ("window", "caps", "boat"),
@@ -42,17 +44,19 @@ SHOWN = {
 """Examples for each model."""
 
 
-def prepared(picture, kind):
+def prepared(path: str | None, kind: str) -> tuple[Any, Image.Image]:
     """(codec, the upload as it takes it). Raises ValueError."""
     if kind not in CODECS:
         raise ValueError(f"This model is not known: use one of {', '.join(CODECS)}.")
     name, most_side = CODECS[kind]
     model = load_codec(name)
-    return model, open_upload(picture, most_side, gray=model.config.num_channels == 1)
+    return model, open_upload(path, most_side, gray=model.config.num_channels == 1)
 
 
-@functools.partial(friendly, threads=2)  # large pictures
-def round_trip(picture: str, model: str = "Photo", quality: float = 0.25):
+@functools.partial(friendly, threads=2)  # large images
+def round_trip(
+    picture: str, model: str = "Photo", quality: float = 0.25
+) -> tuple[tuple[Image.Image, Image.Image], str, str]:
     """Compress a picture into a small file with an autoencoder, and open that file again.
 
     Args:
@@ -76,13 +80,17 @@ def round_trip(picture: str, model: str = "Photo", quality: float = 0.25):
     pixels, decibels = original.width * original.height, psnr(torch.tensor(error / 255**2)).item()
     path = served(data, "picture.hfae")
     raw, size = pixels * len(original.getbands()), len(data)
-    share = f": 1/{raw / size:.0f}" if size < raw else ""
-    told = f"{size:,} bytes instead of {raw:,}{share}. {8 * size / pixels:.2f} bits a pixel, PSNR {decibels:.1f} dB."
-    return (enlarge(original, 384), enlarge(back, 384)), say(told), path
+    fraction = f": 1/{raw / size:.0f}" if size < raw else ""
+    told = (
+        f"{size:,} bytes instead of {raw:,}{fraction}. {8 * size / pixels:.2f} bits a pixel, PSNR {decibels:.1f} dB."
+    )
+    return (enlarge(original, 384), enlarge(back, 384)), status_html(told), path
 
 
 @friendly
-def beside_others(picture: str, model: str = "Photo", quality: float = 0.25):
+def beside_others(
+    picture: str, model: str = "Photo", quality: float = 0.25
+) -> tuple[list[tuple[Image.Image, str]], str, Image.Image]:
     """Put the autoencoder's file beside JPEG, WebP and AVIF files of about the same size.
 
     Args:
@@ -102,15 +110,14 @@ def beside_others(picture: str, model: str = "Photo", quality: float = 0.25):
         [name, f"{m.size:,}", f"{m.bpp:.3f}", f"{m.psnr:.2f}", "" if math.isnan(m.ssim) else f"{m.ssim:.3f}"]
         for name, m in found.items()
     ]
-    figures = table(
-        ["", "bytes", "bits a pixel", "PSNR, dB", "SSIM"], rows, "The same picture in four kinds of file", marked=0
-    )
-    pictures = [(enlarge(m.picture, 384), f"{name}, {m.size:,} bytes") for name, m in found.items()]
-    return pictures, figures, result.panel
+    head = ["", "bytes", "bits a pixel", "PSNR, dB", "SSIM"]
+    figures = table(head, rows, "The same picture in four kinds of file", marked=0)
+    images = [(enlarge(m.picture, 384), f"{name}, {m.size:,} bytes") for name, m in found.items()]
+    return images, figures, result.panel
 
 
 @friendly
-def open_file(file: str):
+def open_file(file: str) -> tuple[Image.Image, str]:
     """Open a compressed .hfae file that this Space or `hf-ae compress` wrote with one of its three models.
 
     Args:
@@ -128,58 +135,53 @@ def open_file(file: str):
         raise ValueError(f"This file is larger than {MOST_FILE // 1_000_000} MB, and so no file of this Space.")
     data, most = Path(file).read_bytes(), 4_000_000
     header = unpack(data, most)
-    if max(header.width, header.height) > MOST_SIDE:  # a picture of one row costs as much as one of sixteen
-        raise ValueError(
-            f"This file holds a picture of {header.width:,}×{header.height:,} pixels, and at most {MOST_SIDE:,} a side are opened."
-        )
+    if max(header.width, header.height) > MOST_SIDE:  # an image of one row costs as much as one of sixteen
+        size, limit = f"{header.width:,}×{header.height:,} pixels", f"at most {MOST_SIDE:,} a side are opened"
+        raise ValueError(f"This file holds a picture of {size}, and {limit}.")
     for kind, (name, _) in CODECS.items():
         model = load_codec(name)
         with ready_for_coding(model):
             fits = fingerprint(model) == header.fingerprint
         if fits:
             back = decompress(data, model, most)
-            told = (
-                f"Opened: {len(data):,} bytes, {back.width}×{back.height} pixels, written with the model for “{kind}”."
-            )
-            return enlarge(back, 384), say(told)
+            told = f"Opened: {len(data):,} bytes, {back.width}×{back.height} pixels"
+            return enlarge(back, 384), status_html(f"{told}, written with the model for “{kind}”.")
     raise CorruptFileError("This file was written with another model than the three of this Space.")
 
 
-def items() -> list[tuple[str, str]]:
-    """(name, file) of the examples."""
-    files = {(kind, name): EXAMPLES / f"{name}.png" for kind, names in SHOWN.items() for name in names}
-    return [
-        (f"{kind}: {name}", str(f) if f.is_file() else sample_file("clothes", name, 1))
-        for (kind, name), f in files.items()
-    ]
+def items() -> Items:
+    """The examples."""
+    files = {f"{kind}: {name}": EXAMPLES / f"{name}.png" for kind, names in SHOWN.items() for name in names}
+    return [(name, str(f) if f.is_file() else sample_file("clothes", f.stem, 1)) for name, f in files.items()]
 
 
-def pick(event: gr.EventData):
+def pick(event: gr.EventData) -> tuple[str, str]:
     """An example, and the model for it."""
     path = chosen(items(), event)
     return path, items()[event.index][0].split(":")[0]
 
 
-def first():
+def first() -> Any:
     """What the tab shows when the page opens."""
     return round_trip(str(EXAMPLES / FIRST[0]), *FIRST[1:])
 
 
-def build():
+def build() -> list[gr.components.Component]:
     """The tab. Returns the outputs of `first`."""
     intro(
-        "An autoencoder squeezes a picture into a <b>code</b>, and an entropy coder packs the code into a file; another machine turns "
-        "it into the picture again. Trained to spend its bits where they show, it needs about half the bytes of JPEG.",
-        ("picture", "picture"),
+        "An autoencoder squeezes a picture into a <b>code</b>, and an entropy coder packs the code into a file; "
+        "another machine turns it into the picture again. Trained to spend its bits where they show, it needs about "
+        "half the bytes of JPEG.",
+        ("image", "picture"),
         ("encoder", "encoder"),
-        ("code", "code"),
+        ("latents", "code"),
         ("file", "small file"),
         ("decoder", "decoder"),
-        ("picture", "picture again"),
+        ("image", "picture again"),
     )
     with gr.Row(equal_height=False):
         with gr.Column(scale=4, min_width=300):
-            picture = upload(value=str(EXAMPLES / FIRST[0]), label="Picture", height=240, elem_id="trip-picture")
+            image = upload(value=str(EXAMPLES / FIRST[0]), label="Picture", height=240, elem_id="trip-picture")
             kind = gr.Radio(list(CODECS), value=FIRST[1], label="Model trained with", elem_id="trip-model")
             quality = gr.Slider(0, 1, FIRST[2], step=0.01, label="Quality", elem_id="quality")
             picker = picker_of(items(), "Examples", "trip-picker")
@@ -199,25 +201,18 @@ def build():
     build_opening()
 
     private = {"api_visibility": "private"}
-    trip = {"inputs": [picture, kind, quality], "outputs": [slider, told, file]}
-    gr.on([quality.input, kind.input, picture.upload], round_trip, **trip, **LIVE, api_name="round_trip")
-    gr.on(
-        [quality.release, kind.change, picture.change],
-        lambda: gr.update(visible=False),
-        None,
-        others,
-        queue=False,
-        **private,
-    )
-    picker.click(pick, None, [picture, kind], queue=False, **private).then(round_trip, **trip, **SHARED, **private)
+    trip = {"inputs": [image, kind, quality], "outputs": [slider, told, file]}
+    gr.on([quality.input, kind.input, image.upload], round_trip, **trip, **LIVE, api_name="round_trip")
+    changes = [quality.release, kind.change, image.change]
+    gr.on(changes, lambda: gr.update(visible=False), None, others, queue=False, **private)
+    picker.click(pick, None, [image, kind], queue=False, **private).then(round_trip, **trip, **SHARED, **private)
     opening = compare.click(lambda: gr.update(visible=True), None, others, queue=False, **private)
-    opening.then(
-        beside_others, [picture, kind, quality], [gallery, figures, panel], api_name="beside_others", **SHARED
-    )
+    shown = [gallery, figures, panel]
+    opening.then(beside_others, trip["inputs"], shown, api_name="beside_others", **SHARED)
     return trip["outputs"]
 
 
-def build_opening():
+def build_opening() -> None:
     """Where a compressed file is dropped."""
     with gr.Accordion("Open a compressed file", open=False, elem_id="open-accordion"), gr.Row(equal_height=False):
         dropped = gr.File(label="Drop an .hfae file", elem_id="dropped", height=160)
