@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -260,8 +261,8 @@ def likelihood(model: Any, pixels: Tensor, samples: int) -> dict[str, Any]:
     """Bounds on log p(x), averaged over the images."""
     torch.manual_seed(0)
     values = to_pixel_values(pixels, model.device, model.config.pixel_range)
-    bar = tqdm(values, desc="likelihood", mininterval=1.0, leave=False)
-    elbo, bound = importance_weighted_bound(model, bar, samples)
+    bar = partial(tqdm, desc="likelihood", mininterval=1.0, leave=False)
+    elbo, bound = importance_weighted_bound(model, values, samples, bar)
     return {
         "model": LIKELIHOODS[model.config.reconstruction_loss], "elbo": elbo.mean().item(),
         "log_likelihood_bound": bound.mean().item(), "samples": samples, "images": len(pixels),
