@@ -56,7 +56,7 @@ AutoModel.register(DiscriminatorConfig, DiscriminatorModel, exist_ok=True)
 
 _ROOMS = (
     "codec", "data", "diffusion", "evaluation", "hub", "latents", "loading", "metrics", "pipelines", "plots",
-    "sampling",
+    "sampling", "training",
 )  # fmt: skip
 
 

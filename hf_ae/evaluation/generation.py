@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from ..data import class_columns, read_texts
 from ..errors import require
-from ..latents.sampling import FILE, KINDS, Sampler, encode_all, fit, sample
+from ..latents.sampling import KINDS, Sampler, encode_all, fit, sample, sampler_file
 from .feature_network import FeatureNetwork, features_of
 from .fidelity import accuracy, distances, train_classifier
 
@@ -74,7 +73,7 @@ def find_sampler(
     own prior. Default: the sampler beside the model, where there is one. Raises ValueError."""
     good = wanted in (None, "saved", *KINDS)
     require(good, f"sampler={wanted!r} is not known: write one of saved, {', '.join(KINDS)}.")
-    if wanted == "saved" or (wanted is None and (Path(folder) / FILE).is_file()):
+    if wanted == "saved" or (wanted is None and sampler_file(folder) is not None):
         return Sampler.load(folder)
     return None if wanted in (None, "prior") else fit(encode_all(model, train_pixels()), wanted, labels)
 

@@ -87,21 +87,32 @@ class Sampler:
     def load(cls, name: str | Path) -> Sampler:
         """The sampler beside a model: a folder or a Hub id. Raises ValueError where there is none, or a damaged
         one."""
-        path = Path(name) / FILE
+        advice = "make one with hf-ae fit-sampler"
+        path = sampler_file(name)
+        if path is None:
+            raise ValueError(f"{name} has no sampler ({FILE}): {advice}.")
         try:
-            if not Path(name).is_dir():
-                from huggingface_hub import hf_hub_download
-
-                path = Path(hf_hub_download(str(name), FILE))
             tensors = load_file(path)
             with safe_open(path, "pt") as file:
                 notes = file.metadata()
             shape = [int(size) for size in notes["code_shape"].split(",")]
             return prior(shape) if notes["kind"] == "prior" else cls(notes["kind"], **tensors, latent_shape=shape)
-        except Exception as error:  # not there, offline, damaged: each library has its own exceptions
-            reason = first_line(error) if path.is_file() else f"{FILE} is missing"
-            advice = "make one with hf-ae fit-sampler"
-            raise ValueError(f"{name} has no sampler that can be read ({reason}): {advice}.") from None
+        except Exception as error:  # damaged: what is wrong shows in many ways
+            raise ValueError(f"The sampler of {name} cannot be read ({first_line(error)}): {advice}.") from None
+
+
+def sampler_file(name: str | Path) -> Path | None:
+    """The file of the sampler beside a model, a folder or a Hub id; None where there is none."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, HFValidationError, RepositoryNotFoundError
+
+    path = Path(name) / FILE
+    if Path(name).is_dir():
+        return path if path.is_file() else None
+    try:
+        return Path(hf_hub_download(str(name), FILE))
+    except (EntryNotFoundError, HFValidationError, RepositoryNotFoundError):
+        return None
 
 
 class StandardNormal(Sampler):
