@@ -123,7 +123,7 @@ class DrawingRequest:
         span = self.guidance_interval
         good = isinstance(span, (list, tuple)) and len(span) == 2
         good = good and is_number(span[1], 0, 1) and is_number(span[0], 0, span[1])
-        require(good, f"guidance_interval={span!r} must be two shares of the steps, as (0.0, 1.0) or (0.2, 0.8).")
+        require(good, f"guidance_interval={span!r} must be two fractions of the steps, as (0.0, 1.0) or (0.2, 0.8).")
         good, listed = self.output_type in OUTPUT_TYPES, ", ".join(OUTPUT_TYPES)
         require(good, f"output_type={self.output_type!r} must be one of {listed}.")
         tensors = self.callback_on_step_end_tensor_inputs

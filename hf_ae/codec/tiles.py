@@ -52,7 +52,7 @@ def check_size(model: Any, size: Sequence[int], error: type[ValueError] = ValueE
     if not stride_of(model) and list(size) != model.config.image_hw:
         height, width = model.config.image_hw
         raise error(
-            f"This model has a vector code and takes images of {height}×{width} pixels alone, not {tuple(size)}."
+            f"This model has vector latents and takes images of {height}×{width} pixels alone, not {tuple(size)}."
         )
 
 

@@ -182,8 +182,8 @@ def rivals(metrics: dict[str, Any]) -> list[str]:
         rows = []
         for row in metrics.get(data, {}).values():
             sizes = [f"{row[key]:.0f}" for key in ("bytes", *(f"bytes_{f}" for f in formats))]
-            shares = [f"{row[key]:.1%}" for key in ("share_of_best", "share_of_best_stripped")]
-            rows.append([f"{row['quality']:g}", f"{row['psnr']:.1f}", *sizes, *shares])
+            fractions = [f"{row[key]:.1%}" for key in ("share_of_best", "share_of_best_stripped")]
+            rows.append([f"{row['quality']:g}", f"{row['psnr']:.1f}", *sizes, *fractions])
         if rows:
             head = ["quality", "PSNR (dB)", "bytes", *formats, "of the best", "of the best, headers stripped"]
             parts.append(f"Bytes of a file at the same PSNR, image by image, means:\n\n{markdown_table(head, rows)}")

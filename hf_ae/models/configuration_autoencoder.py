@@ -127,7 +127,7 @@ class AutoencoderConfig(PreTrainedConfig):
         twice = self.latent_dim is not None and self.latent_channels is not None
         require(
             not twice,
-            "latent_dim (a vector code) and latent_channels (a spatial code) contradict each other: keep one.",
+            "latent_dim (vector latents) and latent_channels (spatial latents) contradict each other: keep one.",
         )
         self._check_positive()
         self._check_network()
@@ -156,7 +156,7 @@ class AutoencoderConfig(PreTrainedConfig):
 
     def _check_network(self) -> None:
         good, instead = self.network != "mlp" or self.latent_channels is None, "latent_dim, not latent_channels"
-        require(good, f"network='mlp' has no spatial code: write {instead}, or network='conv'.")
+        require(good, f"network='mlp' has no spatial latents: write {instead}, or network='conv'.")
         good, halving = self.network == "conv" or not (self.downsample or self.upsample), "downsample and upsample"
         wrong = f"{halving} belong to network='conv', not {self.network!r}"
         require(good, f"{wrong}: leave them out, or write network='conv'.")

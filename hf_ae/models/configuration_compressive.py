@@ -50,7 +50,7 @@ class CompressiveAutoencoderConfig(AutoencoderConfig):
     def check(self) -> None:
         super().check()
         good = self.latent_channels is not None
-        require(good, "hf_ae_compressive has a spatial code: write latent_channels, not latent_dim.")
+        require(good, "hf_ae_compressive has spatial latents: write latent_channels, not latent_dim.")
         require(self.num_channels in (1, 3), f"num_channels={self.num_channels} must be 1 (gray) or 3 (RGB) here.")
         good = len(self.hyper_channels) == 2 and all(1 <= width <= 1024 for width in self.hyper_channels)
         require(

@@ -58,7 +58,7 @@ class DenoisingAutoencoderConfig(SparseAutoencoderConfig):
         kind, level = self.corruption, self.corruption_level
         require(
             self.network != "transform" or (self.latent_channels is not None and self.pixel_range == [-1.0, 1.0]),
-            "network='transform' has a spatial code and no sigmoid: write latent_channels and pixel_range=[-1, 1].",
+            "network='transform' has spatial latents and no sigmoid: write latent_channels and pixel_range=[-1, 1].",
         )
         good = kind != "grayscale" or self.num_channels == 3
         require(good, f"corruption='grayscale' needs num_channels=3, not {self.num_channels}.")

@@ -65,7 +65,7 @@ class BetaVAEConfig(VAEConfig):
             f"capacity and capacity_steps contradict objective={self.objective!r}: write objective='capacity'.",
         )
         good = self.objective != "total_correlation" or self.latent_dim is not None
-        require(good, "objective='total_correlation' needs a vector code: write latent_dim.")
+        require(good, "objective='total_correlation' needs vector latents: write latent_dim.")
         good = self.capacity_steps is None or self.capacity_steps >= 1
         require(good, f"capacity_steps={self.capacity_steps} must be at least 1.")
 

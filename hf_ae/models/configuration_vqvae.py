@@ -95,7 +95,7 @@ class VQVAEConfig(AutoencoderConfig):
     def _check_codes(self) -> None:
         require(
             self.latent_dim is not None or self.num_codes is None,
-            "num_codes divides a vector code (latent_dim); a spatial code has one at each position: leave it out.",
+            "num_codes divides vector latents (latent_dim); spatial ones have one at each position: leave it out.",
         )
         codes = self.num_codes or 0
         good = self.latent_dim is None or (codes >= 1 and self.latent_dim % codes == 0)
@@ -181,7 +181,7 @@ class VQVAE2Config(VQVAEConfig):
         require(self.num_levels >= 1, f"num_levels={self.num_levels} must be at least 1.")
         require(
             self.latent_channels is not None and self.num_codes is None,
-            "hf_ae_vqvae2 has spatial codes: write latent_channels, not latent_dim or num_codes.",
+            "hf_ae_vqvae2 has spatial latents: write latent_channels, not latent_dim or num_codes.",
         )
         good = (self.latent_channels or 0) % self.num_levels == 0
         require(good, f"num_levels={self.num_levels} must divide latent_channels={self.latent_channels}.")

@@ -80,7 +80,7 @@ class VAEModel(AutoencoderModel):
         Raises ValueError for vector latents.
         """
         if self.config.latent_dim is not None:
-            raise ValueError("tiling needs a spatial code: train with latent_channels instead of latent_dim.")
+            raise ValueError("tiling needs spatial latents: train with latent_channels instead of latent_dim.")
         self.tile_size = max(tile_size or max(self.config.image_hw), 4 * self.config.downsampling)
 
     def disable_tiling(self) -> None:
