@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 # A stamp, so that the install runs once and again only when what it installs changes.
 READY := $(VENV)/.installed
 
-.PHONY: demo space test lint cards clean
+.PHONY: demo space test test-slow lint cards clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed: make PYTHON=python3.11" if sys.version_info < (3, 11) else 0)'
@@ -19,7 +19,10 @@ space: $(READY)
 	HF_HUB_OFFLINE=1 MALLOC_ARENA_MAX=2 $(BIN)/python spaces/hf-ae/app.py  # few arenas: less memory under load
 
 test: $(READY)
-	$(BIN)/pytest -q
+	$(BIN)/pytest -q -n 2 --dist loadfile --no-loadscope-reorder
+
+test-slow: $(READY)
+	$(BIN)/pytest -q -m slow
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -6,9 +6,9 @@ with HubServer() as server:
     server.commits("me/vae"), server.files("me/vae"), server.requests   # what arrived
 ```
 
-Models, datasets and Spaces, in memory. As on the Hub, a new repo starts with one commit that adds `.gitattributes`, binary
-files travel as LFS, a private repo does not exist for others, and the `X-Error-Code` header decides which exception a
-client raises. Left out: Xet, branches other than main, tags, pull requests.
+Models, datasets and Spaces, in memory. As on the Hub, a new repo starts with one commit that adds `.gitattributes`,
+binary files travel as LFS, a private repo does not exist for others, and the `X-Error-Code` header decides which
+exception a client raises. Left out: Xet, branches other than main, tags, pull requests.
 """
 
 import base64
@@ -19,7 +19,7 @@ import re
 import socket
 import threading
 from dataclasses import dataclass
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 
 import uvicorn
 import yaml
@@ -91,7 +91,9 @@ class HubServer:
         self._app = Starlette(routes=routes)
 
     def start(self):
-        listener = socket.create_server(("127.0.0.1", 0))
+        # Named as TCP, else asyncio leaves Nagle's algorithm on, and each answer with a body waits 40 ms.
+        listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+        listener.bind(("127.0.0.1", 0))
         self.url = "http://{}:{}".format(*listener.getsockname())
         config = uvicorn.Config(self._record, interface="asgi3", lifespan="off", log_level="warning")
         self._server = uvicorn.Server(config)
@@ -111,6 +113,14 @@ class HubServer:
         env = {name: value for name, value in os.environ.items() if not foreign.fullmatch(name)}
         env |= {"HF_TOKEN": token} if token else {}
         return env | {"HF_ENDPOINT": self.url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"} | more
+
+    def add(self, repo_id: str, folder: Path):
+        """A public model repo with the files of a folder, as if they had been pushed."""
+        repo, paths = f"models/{repo_id}", [path for path in folder.rglob("*") if path.is_file()]
+        names = {path.relative_to(folder).as_posix(): path for path in paths}
+        files = {name: File(path.read_bytes(), name.endswith(LFS_SUFFIXES)) for name, path in names.items()}
+        self._repos[repo] = []
+        self._append(repo, "initial commit", {".gitattributes": File(GIT_ATTRIBUTES), **files})
 
     def commits(self, repo_id: str, repo_type: str = "model") -> list[Commit]:
         """Oldest first; the first one is the repo's creation. Empty where there is no such repo."""

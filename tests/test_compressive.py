@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 from torch.distributions import Normal
-from variants import VARIANTS, make, pixels
+from variants import VARIANTS, make, pixels, shaken
 
 import hf_ae
 from hf_ae.models.entropy_models import (
@@ -29,17 +29,6 @@ from hf_ae.models.entropy_models import (
     table_reach,
 )
 from hf_ae.models.modeling_compressive import ms_ssim
-
-
-def shaken(name="compressive", amount=0.05):
-    """A variant with random weights everywhere, so that no part of it is still at zero."""
-    model = make(name)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(5)) * amount)
-    model.tables_are_stale = True
-    model.update_tables()
-    return model.eval()
 
 
 def test_exact_convolution_is_integer_arithmetic():

@@ -1,21 +1,24 @@
-"""Over HTTP, with the unmodified clients: every variant goes to the Hub and comes back, with and without the package.
+"""Over HTTP, with the unmodified clients: models, pipelines, Spaces and datasets go to the Hub and come back.
 
-The clients read HF_ENDPOINT, HF_HOME and HF_TOKEN once, at import, so each client is a process of its own: the source
-of self-contained functions `client_…` runs there, and what they return comes back as JSON.
+With and without hf_ae: an owner pushes, a user with the package and a stranger without it load; each is one process.
 """
 
-import inspect
 import json
 import re
-import subprocess
-import sys
-from pathlib import Path
 
+import hub_clients
 import pytest
+import torch
 import variants
+from hub_clients import run_client
 from hub_server import OTHER, OWNER, OWNER_READ_ONLY, WRONG, HubServer
+from shipped import MODELS, PIPELINES, ROOT, as_in_git
+from tiny_pipelines import pipeline, save_pizza, ship, vae_of_hf_ae
+from transformers import AutoImageProcessor, AutoModel
 
 import hf_ae
+from hf_ae.hub.push import check_folder
+from hf_ae.pipelines import TextToImagePipeline
 
 FIELDS = dict(variants.VARIANTS.values())
 VARIANTS = {model_type: FIELDS[model_type] for model_type in hf_ae.MODELS}
@@ -26,227 +29,7 @@ STRANGERS = {"anonymous": False, "wrong": WRONG, "other-user": OTHER}
 READERS = STRANGERS | {"read-only": OWNER_READ_ONLY, "owner": OWNER}
 """In this order: clients give anyone what their cache already holds."""
 NO_WRITERS = STRANGERS | {"read-only": OWNER_READ_ONLY}
-
-
-# What runs in the clients' processes
-
-
-def outputs(model, processor) -> dict:
-    """What a model says about two fixed pictures. JSON keeps floats exactly."""
-    import numpy
-    import torch
-    from PIL import Image
-
-    pictures = numpy.random.default_rng(0).integers(0, 256, (2, 20, 20), dtype=numpy.uint8)
-    with torch.no_grad():
-        out = model.eval()(**processor([Image.fromarray(picture) for picture in pictures], return_tensors="pt"))
-    return {name: out[name].flatten().tolist() for name in ("loss", "latents", "reconstruction")}
-
-
-def error_of(function, *args, **kwargs) -> str | None:
-    """Name of the exception, and its message; None without one."""
-    try:
-        function(*args, **kwargs)
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-
-
-def client_push(models, private_id):
-    """Push each variant twice; push the last one to a private repo too. `models`: model_type -> fields."""
-    import torch
-    from huggingface_hub import model_info
-
-    import hf_ae
-
-    pushed = {}
-    for model_type, fields in models.items():
-        torch.manual_seed(0)
-        model_class, repo_id = hf_ae.MODELS[model_type], f"me/{model_type}"
-        model = model_class(model_class.config_class(**fields))
-        processor, heads = hf_ae.AutoencoderImageProcessor.from_config(model.config), []
-        for _ in range(2):
-            model.push_to_hub(repo_id)
-            processor.push_to_hub(repo_id)
-            heads.append(model_info(repo_id).sha)
-        pushed[repo_id] = {"outputs": outputs(model, processor), "heads": heads}
-    model.push_to_hub(private_id, private=True)
-    processor.push_to_hub(private_id)
-    return pushed
-
-
-def client_load(repo_ids):
-    """Load with the package, and by its Auto classes alone."""
-    from transformers import AutoImageProcessor, AutoModel
-
-    import hf_ae
-
-    loaded = {i: (AutoModel.from_pretrained(i), AutoImageProcessor.from_pretrained(i)) for i in repo_ids}
-    assert all(type(model) in hf_ae.MODELS.values() for model, _ in loaded.values())
-    return {i: outputs(*pair) for i, pair in loaded.items()}
-
-
-def client_access(private_id, public_id, readers, writers):
-    """token's name -> errors of reading the private repo, and of pushing to the public one and to a new one."""
-    from huggingface_hub import hf_hub_download
-    from transformers import AutoImageProcessor, AutoModel
-
-    import hf_ae
-
-    reads, writes = {}, {}
-    for name, token in readers.items():
-        download = error_of(hf_hub_download, private_id, "config.json", token=token)
-        reads[name] = [download, error_of(AutoModel.from_pretrained, private_id, token=token)]
-    model = hf_ae.AutoencoderModel(hf_ae.AutoencoderConfig(hidden_sizes=[8], latent_dim=2))
-    for name, token in writers.items():
-        writes[name] = [error_of(model.push_to_hub, i, token=token) for i in (public_id, f"me/new-{name}")]
-    owner = {"token": readers["owner"]}
-    loaded = AutoModel.from_pretrained(private_id, **owner), AutoImageProcessor.from_pretrained(private_id, **owner)
-    return {"reads": reads, "writes": writes, "outputs": outputs(*loaded)}
-
-
-def client_load_without_package(repo_ids, try_untrusted):
-    """Load with the code in the repos."""
-    sys.modules["hf_ae"] = None  # from here on `import hf_ae` raises ImportError
-    from transformers import AutoImageProcessor, AutoModel
-
-    loaded = {}
-    for i in repo_ids:
-        untrusted = (
-            [error_of(c.from_pretrained, i) for c in (AutoModel, AutoImageProcessor)] if try_untrusted else None
-        )
-        model = AutoModel.from_pretrained(i, trust_remote_code=True)
-        processor = AutoImageProcessor.from_pretrained(i, trust_remote_code=True)
-        loaded[i] = {"outputs": outputs(model, processor), "untrusted": untrusted, "module": type(model).__module__}
-    return loaded
-
-
-def client_push_folder(folder, repo_id, private_id, dry_id):
-    """Push a model folder dry, twice for real, and to a private repo."""
-    from pathlib import Path
-
-    from huggingface_hub import model_info
-
-    import hf_ae
-    from hf_ae.hub.cards import write_card
-    from hf_ae.hub.push import push_folder
-
-    model = hf_ae.VAEModel(hf_ae.VAEConfig(hidden_sizes=[8], latent_dim=2))
-    model.save_pretrained(folder)
-    hf_ae.AutoencoderImageProcessor.from_config(model.config).save_pretrained(folder)
-    (Path(folder) / "recipe.yaml").write_text("model_type: hf_ae_vae\n")
-    write_card(folder)
-    push_folder(folder, dry_id, dry_run=True)
-    addresses, heads = [], []
-    for _ in range(2):
-        addresses.append(push_folder(folder, repo_id))
-        heads.append(model_info(repo_id).sha)
-    push_folder(folder, private_id, private=True)
-    return {"addresses": addresses, "heads": heads, "private": model_info(private_id).private}
-
-
-def client_push_space(folder, repo_id):
-    """Push a Space dry, and twice for real."""
-    from huggingface_hub import space_info
-
-    from hf_ae.hub.push import push_folder
-
-    push_folder(folder, "me/dry", dry_run=True)
-    addresses, heads = set(), []
-    for _ in range(2):
-        addresses.add(push_folder(folder, repo_id))
-        heads.append(space_info(repo_id).sha)
-    (address,) = addresses
-    return {"address": address, "heads": heads}
-
-
-def client_dataset(repo_id, folder):
-    """Push a parquet file of pictures twice; read it back in both ways: which rows came back as they were."""
-    from pathlib import Path
-
-    import numpy
-    from datasets import Dataset, Features, Image, Value, load_dataset
-    from huggingface_hub import HfApi
-
-    pictures = numpy.random.default_rng(0).integers(0, 256, (5, 6, 7, 3), dtype=numpy.uint8)
-    features = Features({"image": Image(), "label": Value("int64")})
-    rows = Dataset.from_dict({"image": list(pictures), "label": list(range(5))}, features=features)
-    rows.to_parquet(Path(folder) / "train-00000-of-00001.parquet")
-    api = HfApi()
-    api.create_repo(repo_id, repo_type="dataset")
-    for _ in range(2):
-        api.upload_folder(repo_id=repo_id, repo_type="dataset", folder_path=folder, path_in_repo="data")
-
-    def intact(**options):
-        dataset = load_dataset(repo_id, split="train", **options)
-        return [row["label"] for row in dataset if numpy.array_equal(row["image"], pictures[row["label"]])]
-
-    return {"plain": intact(), "streaming": intact(streaming=True)}
-
-
-def client_history(repo_id, wrong):
-    """What the Hub promises about revisions, listings, parts of files and refusals, for the client library alone."""
-    from huggingface_hub import HfApi, HfFileSystem, hf_hub_download
-
-    api = HfApi()
-
-    def text(revision):
-        with open(hf_hub_download(repo_id, "a/b/text.txt", revision=revision)) as file:
-            return file.read()
-
-    def upload(content, path="a/b/text.txt", **options):
-        return api.upload_file(path_or_fileobj=content, path_in_repo=path, repo_id=repo_id, **options).oid
-
-    api.create_repo(repo_id)
-    first, second = upload(b"one"), upload(b"two")
-    upload(b"\0\1\2\3\4\5\6\7", "weights.bin")
-    with HfFileSystem().open(f"{repo_id}/weights.bin", block_size=4) as file:
-        file.seek(3)
-        part = list(file.read(2))
-    listed = sorted(entry.path for entry in api.list_repo_tree(repo_id, recursive=True))
-    top = sorted(entry.path for entry in api.list_repo_tree(repo_id))
-    api.delete_folder("a", repo_id)
-    return {
-        "user": api.whoami()["name"],
-        "texts": [text(first), text(second)],
-        "part": part,
-        "listed": listed,
-        "top": top,
-        "left": api.list_repo_files(repo_id),
-        "branch": [[branch.name, branch.target_commit] for branch in api.list_repo_refs(repo_id).branches],
-        "errors": {
-            "create again": error_of(api.create_repo, repo_id),
-            "no such revision": error_of(text, "v9"),
-            "no such file": error_of(text, "main"),
-            "no such folder": error_of(lambda: list(api.list_repo_tree(repo_id, "a"))),
-            "no such repo": error_of(api.model_info, "me/nothing"),
-            "stale parent": error_of(upload, b"three", parent_commit=first),
-            "bad card": error_of(upload, b"---\ntags: [\n---\n", "README.md"),
-            "bad token": error_of(HfApi(token=wrong).whoami),
-        },
-    }
-
-
-# The tests' side
-
-
-def run_client(server, home, *steps, token=None, helpers=(), **env):
-    """Run `(client_…, its arguments)` one after the other in one process, away from the checkout -> their results."""
-    functions = [outputs, error_of, *helpers, *(function for function, _ in steps)]
-    calls = [(function.__name__, arguments) for function, arguments in steps]
-    run = "results = [globals()[name](**arguments) for name, arguments in json.loads(sys.argv[1])]"
-    lines = ["import json\nimport sys", *map(inspect.getsource, functions), run, "print('\\n' + json.dumps(results))"]
-    home.mkdir(exist_ok=True)
-    done = subprocess.run(
-        [sys.executable, "-c", "\n\n".join(lines), json.dumps(calls)],
-        env=server.client_env(home, token, OMP_NUM_THREADS="1", **env),
-        cwd=home,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(done.stdout.splitlines()[-1])
+SHIPPED, SHIPPED_PIPELINES = [path.name for path in MODELS], [path.name for path in PIPELINES]
 
 
 @pytest.fixture(scope="module")
@@ -262,24 +45,83 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def pushed(server, folder):
+def shipped(folder):
+    """Folders of the checkout as git has them: copies without the code that `hf-ae push` writes."""
+    (folder / "shipped").mkdir()
+    return {path.name: as_in_git(path, folder / "shipped" / path.name) for path in MODELS + PIPELINES}
+
+
+@pytest.fixture(scope="module")
+def pizza(folder):
+    return save_pizza(folder / "pizza")
+
+
+@pytest.fixture(scope="module")
+def owner(server, folder, shipped, pizza):
+    """What the owner's process did: name of the function -> what it returned."""
+    for name in ("parquet", "history"):
+        (folder / name).mkdir()
+    ids = {"repo_id": "me/folder", "private_id": "me/private-folder", "dry_id": "me/dry"}
+    ready = {f"me/{name}": str(path) for name, path in shipped.items()} | {"me/pizza": str(pizza)}
+    drawer = ship(pipeline(vae=vae_of_hf_ae), folder / "drawer")
+    for name in ("unet/model.fp16.safetensors", "unet/diffusion_pytorch_model.bin", "unet/x.onnx", "safety/x.json"):
+        (drawer / name).parent.mkdir(exist_ok=True)
+        (drawer / name).write_bytes(b"not needed")
+    calls = [
+        (hub_clients.push_variants, {"models": VARIANTS, "private_id": PRIVATE}),
+        (hub_clients.push_model_folder, {"folder": str(folder / "model"), **ids}),
+        (hub_clients.push_space, {"folder": str(ROOT / "spaces" / "hf-ae"), "repo_id": "me/space"}),
+        (hub_clients.push_folders, {"folders": ready}),
+        (hub_clients.upload, {"folder": str(drawer), "repo_id": "me/drawer"}),
+        (hub_clients.push_and_read_dataset, {"repo_id": "me/images", "folder": str(folder / "parquet")}),
+        (hub_clients.use_history, {"repo_id": "me/history", "wrong": WRONG}),
+        (hub_clients.push_folders, {"folders": {"me/pizza": str(pizza)}}),
+    ]
+    *results, again = run_client(server, folder / "owner", *calls, token=OWNER)
+    assert set(again.values()) == {0}
+    return {function.__name__: result for (function, _), result in zip(calls, results)}
+
+
+@pytest.fixture(scope="module")
+def pushed(owner):
     """What the owner pushed: repo id -> outputs, and the newest commit after each push."""
-    step = (client_push, {"models": VARIANTS, "private_id": PRIVATE})
-    return run_client(server, folder / "owner", step, token=OWNER)[0]
+    return owner["push_variants"]
 
 
 @pytest.fixture(scope="module")
 def with_package(server, folder, pushed):
-    """What a client with hf_ae and without a stored token gets: (repo id -> outputs, what each token may do)."""
+    """What a client with hf_ae and without a token gets: models, what each token may do, a pipeline, samplers."""
     access = {"private_id": PRIVATE, "public_id": next(iter(pushed)), "readers": READERS, "writers": NO_WRITERS}
-    return run_client(server, folder / "user", (client_load, {"repo_ids": list(pushed)}), (client_access, access))
+    calls = [
+        (hub_clients.load_variants, {"repo_ids": list(pushed)}),
+        (hub_clients.try_access, access),
+        (hub_clients.load_pipeline, {"repo_id": "me/drawer"}),
+        (hub_clients.find_samplers, {"repo_ids": ["me/folder", "me/hf_ae_vae"]}),
+    ]
+    return run_client(server, folder / "user", *calls)
 
 
 @pytest.fixture(scope="module")
-def without_package(server, folder, pushed):
+def stranger(server, folder, pushed, pizza, shipped):
+    """What a client without hf_ae gets: (of each variant, of each shipped model, of each pipeline)."""
+    plain = ship(pipeline(), folder / "plain")
+    pipelines = ["me/pizza", str(pizza), str(plain), *(f"me/{name}" for name in SHIPPED_PIPELINES)]
+    calls = [
+        (hub_clients.forget_hf_ae, {}),
+        (hub_clients.load_models, {"repo_ids": list(pushed), "try_untrusted": True}),
+        (hub_clients.load_models, {"repo_ids": [f"me/{name}" for name in SHIPPED], "try_untrusted": False}),
+        (hub_clients.load_pipelines, {"places": pipelines}),
+    ]
+    return run_client(server, folder / "stranger", *calls)[1:]
+
+
+@pytest.fixture(scope="module")
+def without_package(stranger):
     """What a client without hf_ae gets: repo id -> outputs, and the errors without trust_remote_code."""
-    step = (client_load_without_package, {"repo_ids": list(pushed), "try_untrusted": True})
-    return run_client(server, folder / "stranger", step)[0]
+    return stranger[0]
+
+
+# Models
 
 
 each_variant = pytest.mark.parametrize("repo_id", [f"me/{model_type}" for model_type in VARIANTS])
@@ -315,10 +157,10 @@ def test_code_of_a_repo_runs_only_when_trusted(repo_id, without_package):
 
 
 def test_offline_reuse_from_the_cache(server, folder, pushed, without_package):
-    step = (client_load_without_package, {"repo_ids": list(pushed), "try_untrusted": False})
+    load = (hub_clients.load_models, {"repo_ids": list(pushed), "try_untrusted": False})
     server.stop()
     try:
-        (loaded,) = run_client(server, folder / "stranger", step, HF_HUB_OFFLINE="1")
+        _, loaded = run_client(server, folder / "stranger", (hub_clients.forget_hf_ae, {}), load, HF_HUB_OFFLINE="1")
     finally:
         server.start()
     assert {i: found["outputs"] for i, found in loaded.items()} == {i: found["outputs"] for i, found in pushed.items()}
@@ -344,46 +186,103 @@ def test_push_without_the_right_to_stores_nothing(name, status, server, pushed, 
     assert server.commits(public_id)[-1].oid == found["heads"][0]
 
 
-def test_push_folder_uploads_all_of_it_in_one_commit(server, folder):
-    model = folder / "model"
-    ids = {"repo_id": "me/folder", "private_id": "me/private-folder", "dry_id": "me/dry"}
-    (said,) = run_client(
-        server, folder / "publisher", (client_push_folder, {"folder": str(model), **ids}), token=OWNER
-    )
+def test_push_folder_uploads_all_of_it_in_one_commit(server, folder, owner):
+    model, pushed = folder / "model", owner["push_model_folder"]
     files = {path.relative_to(model).as_posix(): path.read_bytes() for path in model.rglob("*") if path.is_file()}
-    assert {"README.md", "recipe.yaml", "config.json", "model.safetensors", "preprocessor_config.json"} < set(files)
+    needed = {"README.md", "recipe.yaml", "config.json", "preprocessor_config.json"}
+    assert needed | {"model.safetensors", "sampler.safetensors"} < set(files)
     created, commit = server.commits("me/folder")
     assert {path: data for path, data in server.files("me/folder").items() if path not in created.files} == files
-    assert said["heads"] == [commit.oid] * 2, "the second call changed nothing, so it commits nothing"
-    assert all(address.endswith("/me/folder") for address in said["addresses"])
-    assert said["private"] and len(server.commits("me/private-folder")) == 2
+    assert pushed["heads"] == [commit.oid] * 2, "the second call changed nothing, so it commits nothing"
+    assert all(address.endswith("/me/folder") for address in pushed["addresses"])
+    assert pushed["private"] and len(server.commits("me/private-folder")) == 2
     assert server.commits("me/dry") == []
 
 
-def test_push_of_a_space_uploads_all_of_it_in_one_commit(server, folder):
-    space = Path(hf_ae.__file__).resolve().parent.parent / "spaces" / "hf-ae"
-    (said,) = run_client(
-        server, folder / "publisher", (client_push_space, {"folder": str(space), "repo_id": "me/space"}), token=OWNER
-    )
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_model_is_pushed_with_its_code_and_runs_where_the_package_is_not_installed(
+    name, server, owner, stranger, shipped
+):
+    assert owner["push_folders"][f"me/{name}"] == 0
+    uploaded = server.files(f"me/{name}")
+    for path in (path for path in uploaded if path.endswith(".py")):
+        assert uploaded[path].decode() == (ROOT / "hf_ae" / "models" / path).read_text()
+    config = json.loads(uploaded["config.json"])
+    assert {f"{entry.split('.')[0]}.py" for entry in config["auto_map"].values()} < set(uploaded)
+    found = stranger[1][f"me/{name}"]
+    assert found["module"].startswith("transformers_modules.")
+    model, processor = (c.from_pretrained(ROOT / "model_cards" / name) for c in (AutoModel, AutoImageProcessor))
+    assert type(model) in hf_ae.MODELS.values()
+    assert found["outputs"] == hub_clients.outputs(model, processor)
+
+
+def test_the_sampler_beside_a_model_is_found(with_package):
+    assert with_package[3] == {"me/folder": "gaussian", "me/hf_ae_vae": None}
+
+
+# Pipelines
+
+
+def test_a_pipeline_folder_makes_one_commit_of_exactly_its_files(server, owner, pizza):
+    assert owner["push_folders"]["me/pizza"] == 0
+    created, commit = server.commits("me/pizza")
+    uploaded = {name: file.data for name, file in commit.files.items() if name not in created.files}
+    assert uploaded == {name: (pizza / name).read_bytes() for name in check_folder(pizza)}
+
+
+@pytest.mark.parametrize("name", ["pizza", *SHIPPED_PIPELINES])
+def test_a_pipeline_draws_where_the_package_is_not_installed(name, owner, stranger, pizza):
+    assert owner["push_folders"][f"me/{name}"] == 0
+    place = pizza if name == "pizza" else ROOT / "model_cards" / name
+    images = hub_clients.draw(TextToImagePipeline.from_pretrained(place))
+    vae = AutoModel.from_pretrained(place, subfolder="vae")
+    with torch.no_grad():
+        decoded = vae.decode(torch.ones(1, *vae.config.latent_shape)).sample
+    for found in [stranger[2][f"me/{name}"], *([stranger[2][str(pizza)]] if name == "pizza" else [])]:
+        assert found["vae"].startswith("diffusers_modules.") and found["class"] == "TextToImagePipeline"
+        assert "trust_remote_code=True" in found["refused"]
+        for result, expected in zip(found["images"], images):
+            torch.testing.assert_close(torch.tensor(result), torch.tensor(expected), rtol=0, atol=1e-5)
+        torch.testing.assert_close(torch.tensor(found["decoded"]), decoded, rtol=0, atol=1e-5)
+
+
+def test_with_the_package_only_what_is_needed_travels_and_no_code(server, folder, with_package):
+    found = with_package[2]
+    assert (found["vae"], found["name"]) == ("VAEModel", "me/drawer") and found["images"] == found["again"]
+    fetched = [re.fullmatch(r"GET /me/drawer/resolve/\w+/(.*)", request) for request in server.requests]
+    fetched = {match[1] for match in fetched if match}
+    needed = {"model_index.json", "unet/config.json", "unet/diffusion_pytorch_model.safetensors"}
+    assert needed | {"vae/model.safetensors"} <= fetched
+    assert not [name for name in fetched if re.search(r"\.(py|bin|onnx)$|fp16|safety", name)]
+
+
+def test_a_pipeline_with_a_vae_of_diffusers_draws_where_the_package_is_not_installed(folder, stranger):
+    found = stranger[2][str(folder / "plain")]
+    assert found["class"] == "TextToImagePipeline" and found["vae"].startswith("diffusers.models.")
+    images = hub_clients.draw(TextToImagePipeline.from_pretrained(folder / "plain"))
+    torch.testing.assert_close(torch.tensor(found["images"][1]), torch.tensor(images[1]), rtol=0, atol=1e-5)
+
+
+# Spaces, datasets, and the server itself
+
+
+def test_push_of_a_space_uploads_all_of_it_in_one_commit(server, owner):
+    space, pushed = ROOT / "spaces" / "hf-ae", owner["push_space"]
     created, commit = server.commits("me/space", "space")
     files = {path: data for path, data in server.files("me/space", "space").items() if path not in created.files}
     assert {"README.md", "requirements.txt", "app.py", "style.css", "examples/owl.png"} < set(files)
     assert all((space / path).read_bytes() == data for path, data in files.items())
-    assert said["heads"] == [commit.oid] * 2 and said["address"].endswith("/spaces/me/space")
+    assert pushed["heads"] == [commit.oid] * 2 and pushed["address"].endswith("/spaces/me/space")
     assert server.commits("me/dry", "space") == server.commits("me/space") == []
 
 
-def test_dataset_of_images_plain_and_streaming(server, folder):
-    (folder / "parquet").mkdir()
-    step = (client_dataset, {"repo_id": "me/pictures", "folder": str(folder / "parquet")})
-    (read,) = run_client(server, folder / "reader", step, token=OWNER)
-    assert read == {"plain": [0, 1, 2, 3, 4], "streaming": [0, 1, 2, 3, 4]}
-    assert len(server.commits("me/pictures", "dataset")) == 2
+def test_dataset_of_images_plain_and_streaming(server, owner):
+    assert owner["push_and_read_dataset"] == {"plain": [0, 1, 2, 3, 4], "streaming": [0, 1, 2, 3, 4]}
+    assert len(server.commits("me/images", "dataset")) == 2
 
 
-def test_server_keeps_history_and_refuses_as_the_hub_does(server, folder):
-    step = (client_history, {"repo_id": "me/history", "wrong": WRONG})
-    (seen,) = run_client(server, folder / "api", step, token=OWNER)
+def test_server_keeps_history_and_refuses_as_the_hub_does(server, owner):
+    seen = dict(owner["use_history"])
     commits, errors = server.commits("me/history"), seen.pop("errors")
     assert len(commits) == 5 and len({commit.oid for commit in commits}) == 5
     assert seen == {
@@ -405,4 +304,5 @@ def test_server_keeps_history_and_refuses_as_the_hub_does(server, folder):
         "bad card": "ValueError: Invalid metadata in README.md",
         "bad token": "HfHubHTTPError: Invalid user token",
     }
-    assert {name for name in errors if not re.match(expected[name], errors[name] or "")} == set()
+    assert set(errors) == set(expected)
+    assert {name for name in errors if not re.match(expected[name], errors[name] or "no error")} == set()

@@ -200,7 +200,7 @@ def test_labels_have_the_same_indices_in_a_split_that_lacks_a_class(kind, train,
 
 def test_columns_that_hold_no_classes_are_refused():
     rows = datasets.Dataset.from_dict({"weight": [0.5, 1.0], "tags": [["a"], ["b"]], "gap": ["a", None]})
-    for column in ("weight", "gap"):
+    for column in ("weight", "tags", "gap"):
         with pytest.raises(ValueError, match=f"'{column}' holds no classes"):
             read_labels({"train": rows}, "train", column)
     with pytest.raises(ValueError, match=r"no column 'kind': write --label_column with weight, tags, gap"):

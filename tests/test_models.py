@@ -182,6 +182,8 @@ def test_bfloat16_is_close_to_float32(name, tmp_path):
     assert difference.mean() < 0.02
     with torch.autocast("cpu", torch.bfloat16):
         model.train()(x).loss.backward()
+    gradients = [p.grad for p in model.parameters()]
+    assert all(gradient is not None and gradient.isfinite().all() for gradient in gradients)
 
 
 @ALL
@@ -266,7 +268,7 @@ def test_vae_tiling_covers_large_images_and_slicing_is_exact():
         tiles = model.encode(large).latents
         image = model.decode(tiles).sample
     assert tiles.shape == whole.shape and image.shape == large.shape
-    with pytest.raises(ValueError, match="spatial code"):
+    with pytest.raises(ValueError, match="spatial latents"):
         make("vae-mlp").enable_tiling()
 
 

@@ -18,13 +18,16 @@ if CHROMIUM is None:
     pytest.skip("the browser tests need Chromium: apt-get install chromium, or CHROMIUM=path", allow_module_level=True)
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "spaces" / "hf-ae" / "examples"
-FLAGS = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync"
+FLAGS = [
+    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+    "--disable-component-update", "--disable-sync",
+]  # fmt: skip
 TABS = ("Prompt to picture", "Round trip", "Latent space", "Repair", "Compare")
 SECTIONS = ("Walk", "Arithmetic", "Turn the numbers", "The plane", "Random codes", "A learned prior")
 SHOWN = {
-    "Prompt to picture": "pictures", "Round trip": "trip-slider", "Walk": "frames", "Arithmetic": "sum", "Turn the numbers": "turned",
-    "The plane": "plane-digit", "Random codes": "dice-1", "A learned prior": "class-pictures", "Repair": "repaired",
-    "Compare": "measured-pictures",
+    "Prompt to picture": "pictures", "Round trip": "trip-slider", "Walk": "frames", "Arithmetic": "sum",
+    "Turn the numbers": "turned", "The plane": "plane-digit", "Random codes": "dice-1",
+    "A learned prior": "class-pictures", "Repair": "repaired", "Compare": "measured-pictures",
 }  # fmt: skip
 """Where a tab shows something as soon as it is opened."""
 SECONDS = 30_000
@@ -34,7 +37,7 @@ expect = sync_api.expect
 @pytest.fixture(scope="module")
 def browser():
     with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS.split())
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
         yield browser
         browser.close()
 
@@ -402,8 +405,8 @@ def test_the_measured_tables(page):
 
 
 NAMELESS = """() => [...document.querySelectorAll('button, input:not([type=file]), textarea, select, [role=slider]')]
-    .filter(e => e.offsetParent && !(e.getAttribute('aria-label') || e.innerText?.trim() || e.title || e.labels?.length ||
-        e.closest('label') || e.getAttribute('aria-labelledby') || e.placeholder ||
+    .filter(e => e.offsetParent && !(e.getAttribute('aria-label') || e.innerText?.trim() || e.title ||
+        e.labels?.length || e.closest('label') || e.getAttribute('aria-labelledby') || e.placeholder ||
         e.querySelector('[aria-label], title, img[alt]:not([alt=""])')))
     .map(e => e.outerHTML.slice(0, 160))"""
 

@@ -73,8 +73,8 @@ def test_every_action_answers_with_pictures(client, name):
 )
 def test_every_damage_and_its_whole_range_is_there_without_the_page(client, damage, level):
     assert "PSNR" in client.predict(EMOJI, damage, level, 99, api_name="/repair")[1]
-    limits = "Level|level|maximum|minimum"
-    assert re.search(limits, error_of(client, "repair", picture=EMOJI, damage=damage, level=7.5))
+    error = error_of(client, "repair", picture=EMOJI, damage=damage, level=7.5)
+    assert error == "Value 7.5 is greater than maximum value 7."
 
 
 def test_a_drawing_depends_on_its_seed_alone(client):
@@ -290,7 +290,7 @@ def test_damaged_and_foreign_files_are_one_clear_line(client, tmp_path):
         (dict(prompt="cat", count=1_000), "greater than maximum value 6"),
         (dict(prompt="cat", seed=-1), "less than minimum value 0"),
         (dict(prompt="cat", guidance=1e9), "greater than maximum value 10"),
-        (dict(prompt="cat", scheduler="os.system"), "scheduler|choices"),
+        (dict(prompt="cat", scheduler="os.system"), r"os\.system is not in the list of choices: \['DPM-Solver"),
     ],
 )
 def test_what_cannot_be_drawn_is_one_clear_line(client, arguments, words):
@@ -333,22 +333,14 @@ def called(space: str, name: str, body: dict) -> str:
 
 def test_an_upload_stays_in_its_folder_whatever_its_name(space):
     owl = (EXAMPLES / "owl.png").read_bytes()
-    head = b'--b\r\nContent-Disposition: form-data; name="files"; filename="../../../../../../tmp/../etc/evil.png"\r\n\r\n'
-    request = urllib.request.Request(
-        f"{space}/gradio_api/upload",
-        head + owl + b"\r\n--b--\r\n",
-        {"Content-Type": "multipart/form-data; boundary=b"},
-    )
+    name = b'name="files"; filename="../../../../../../tmp/../etc/evil.png"'
+    body = b"--b\r\nContent-Disposition: form-data; " + name + b"\r\n\r\n" + owl + b"\r\n--b--\r\n"
+    header = {"Content-Type": "multipart/form-data; boundary=b"}
+    request = urllib.request.Request(f"{space}/gradio_api/upload", body, header)
     (path,) = json.loads(urllib.request.urlopen(request, timeout=10).read())
     assert ".." not in path and "hf_ae_space_" in path and not Path("/etc/evil.png").exists()
 
 
 def test_no_address_of_this_machine_is_fetched(space):
-    body = {
-        "data": [
-            {"url": f"{space}/theme.css", "path": f"{space}/theme.css", "meta": {"_type": "gradio.FileData"}},
-            "Photo",
-            0.5,
-        ]
-    }
-    assert "event: error" in called(space, "round_trip", body)
+    file = {"url": f"{space}/theme.css", "path": f"{space}/theme.css", "meta": {"_type": "gradio.FileData"}}
+    assert "event: error" in called(space, "round_trip", {"data": [file, "Photo", 0.5]})

@@ -1,21 +1,19 @@
 """The folder of the Space is exactly what the Hub takes."""
 
-import os
+import json
 import re
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
-from hub_server import OWNER, HubServer
+from hub_server import HubServer
 from PIL import Image
+from processes import run_python
+from shipped import ROOT, as_in_git
 from space_server import running_space
 
 from hf_ae.hub.cards import front_matter
 from hf_ae.hub.push import check_folder
 
-ROOT = Path(__file__).resolve().parent.parent
 SPACE = ROOT / "spaces" / "hf-ae"
 
 
@@ -40,7 +38,7 @@ def test_requirements_leave_torch_spaces_and_gradio_to_the_hub():
     assert not [line for line in lines if re.match("torch|spaces|gradio", line)]
 
 
-def test_the_folder_is_complete_and_its_pictures_are_small_and_explained():
+def test_the_folder_is_complete_and_its_examples_are_small_and_explained():
     files = check_folder(SPACE)
     examples = [SPACE / name for name in files if name.startswith("examples/")]
     assert sum(path.stat().st_size for path in examples) < 1_500_000
@@ -77,9 +75,7 @@ def test_as_on_the_hub_models_come_from_an_owner(tmp_path):
     shutil.copytree(SPACE, tmp_path / "space", ignore=shutil.ignore_patterns("__pycache__"))
     with HubServer() as hub:
         for name in ("mnist-ae-2d", "fashion-denoising"):
-            push = [sys.executable, "-m", "hf_ae.cli", "push", ROOT / "model_cards" / name, "--repo", f"me/{name}"]
-            subprocess.run(push, env=hub.client_env(tmp_path / "pusher", OWNER), check=True, capture_output=True)
-        hub.requests.clear()
+            hub.add(f"me/{name}", as_in_git(ROOT / "model_cards" / name, tmp_path / name))
         around = hub.client_env(tmp_path / "home") | {"HF_HUB_OFFLINE": "0", "HF_AE_SPACE_MODELS": "me"}
         with running_space(app=tmp_path / "space" / "app.py", **around) as url:
             client = gradio_client.Client(url, verbose=False, download_files=str(tmp_path / "downloads"))
@@ -93,48 +89,36 @@ def test_as_on_the_hub_models_come_from_an_owner(tmp_path):
     assert any("me/mnist-ae-2d/resolve" in request for request in hub.requests)
 
 
-def in_the_space(folder: Path, code: str, **environment: str) -> str:
-    """What a program prints that runs beside the Space's modules."""
-    env = {
-        **os.environ,
-        "PYTHONPATH": f"{folder}{os.pathsep}{ROOT}",
-        "GRADIO_TEMP_DIR": str(folder / "temporary"),
-        **environment,
-    }
-    return subprocess.run(
-        [sys.executable, "-c", code], env=env, check=True, capture_output=True, text=True
-    ).stdout.strip()
-
-
-def test_without_a_checkout_models_are_those_that_the_readme_names(tmp_path):
+@pytest.fixture(scope="module")
+def beside_the_space(tmp_path_factory):
+    """What a program gets that runs beside the Space's modules, with no checkout around them."""
     pytest.importorskip("gradio", reason="the Space needs pip install 'hf_ae[space]'")
-    shutil.copytree(SPACE, tmp_path / "space", ignore=shutil.ignore_patterns("__pycache__"))
-    code = (
-        "import serving; print(serving.place('mnist-vae'), serving.available('mnist-vae'), serving.available('other'))"
-    )
-    assert in_the_space(tmp_path / "space", code) == "hf-ae/mnist-vae True False"
-    assert in_the_space(tmp_path / "space", code, HF_AE_SPACE_MODELS="me,mnist-vae=you/vae") == "you/vae True False"
-
-
-def test_old_files_are_swept_and_fresh_and_shown_ones_stay(tmp_path):
-    pytest.importorskip("gradio", reason="the Space needs pip install 'hf_ae[space]'")
+    folder = tmp_path_factory.mktemp("beside")
+    shutil.copytree(SPACE, folder / "space", ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("shown", "old/one", "old/two", "fresh"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text(name)
-    code = f"""
-import time, app
+        (folder / "files" / name).parent.mkdir(exist_ok=True, parents=True)
+        (folder / "files" / name).write_text(name)
+    child = """
+import json, os, sys, time
 from pathlib import Path
+sys.path.insert(0, sys.argv[1] + "/space")
+import app, serving
+folder, found = Path(sys.argv[1]) / "files", []
+for where in ("", "me,mnist-vae=you/vae"):
+    os.environ["HF_AE_SPACE_MODELS"] = where
+    found.append([serving.place("mnist-vae"), serving.available("mnist-vae"), serving.available("other")])
 time.sleep(1.2)
-folder = Path({str(tmp_path)!r})
 (folder / "fresh").write_text("again")
-for _ in range(2):  # what is in a folder first, then the folder
-    app.sweep(folder, {{str(folder / "shown")}}, 1)
-print(*sorted(str(p.relative_to(folder)) for p in folder.rglob("*")))
+app.sweep(folder, {str(folder / "shown")}, 1)
+print(json.dumps([found, sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())]))
 """
-    assert set(in_the_space(SPACE, code, GRADIO_TEMP_DIR=str(tmp_path / "t")).split()) <= {
-        "fresh",
-        "shown",
-        "old",
-        "t",
-    }
-    assert (tmp_path / "shown").exists() and (tmp_path / "fresh").exists() and not (tmp_path / "old" / "one").exists()
+    printed = run_python(child, folder, GRADIO_TEMP_DIR=str(folder / "temporary"))
+    return json.loads(printed.splitlines()[-1])
+
+
+def test_without_a_checkout_models_are_those_that_the_readme_names(beside_the_space):
+    assert beside_the_space[0] == [["hf-ae/mnist-vae", True, False], ["you/vae", True, False]]
+
+
+def test_old_files_are_swept_and_fresh_and_shown_ones_stay(beside_the_space):
+    assert beside_the_space[1] == ["fresh", "shown"]

@@ -23,8 +23,9 @@ from tiny_pipelines import (
 )
 from transformers import T5Config, T5EncoderModel
 
-import hf_ae.pipelines.text_to_image as module
 from hf_ae.pipelines import CaptionPrior, Preview, TextToImagePipeline
+from hf_ae.pipelines.drawing_request import CANDIDATE_STRIDE
+from hf_ae.pipelines.text_to_image import CACHED_TEXTS
 
 
 @pytest.fixture
@@ -36,7 +37,7 @@ def pipe():
 
 
 @pytest.mark.parametrize("name", ["ddim", "ancestral"])
-def test_same_seed_same_picture_in_a_batch_or_alone(name):
+def test_same_seed_same_image_in_a_batch_or_alone(name):
     pipe = pipeline(noise=name)
     batch = pipe([PROMPT, "the dog"], seed=7, num_images_per_prompt=2, output_type="np").images
     for i, prompt in enumerate([PROMPT, PROMPT, "the dog", "the dog"]):
@@ -50,7 +51,7 @@ def test_same_seed_same_picture_in_a_batch_or_alone(name):
 
 def test_the_best_candidate_is_kept():
     pipe = pipeline(discriminator=Brightness())
-    stride = module.CANDIDATE_STRIDE
+    stride = CANDIDATE_STRIDE
     best = pipe([PROMPT, "the dog"], seed=3, num_candidates=3, output_type="pt")
     for i, prompt in enumerate([PROMPT, "the dog"]):
         images = torch.cat([pipe(prompt, seed=3 + i + j * stride, output_type="pt").images for j in range(3)])
@@ -76,7 +77,7 @@ def test_strength_zero_is_the_round_trip_of_the_vae(name, span):
     assert images.std() > 0.01
 
 
-def test_pictures_of_every_kind_are_read_alike_and_resized():
+def test_images_of_every_kind_are_read_alike_and_resized():
     pipe, generator = pipeline(), np.random.default_rng(0)
     picture = Image.fromarray(generator.integers(0, 256, (SIDE, SIDE + 2, 3), dtype=np.uint8))
     array = np.asarray(picture, dtype=np.float32) / 255
@@ -95,7 +96,7 @@ def test_pictures_of_every_kind_are_read_alike_and_resized():
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
-def test_every_scheduler_draws_and_streams_the_picture_of_the_call(name):
+def test_every_scheduler_draws_and_streams_the_image_of_the_call(name):
     pipe, call = pipeline(noise=name, vae=vae_of_hf_ae), dict(seed=2, num_inference_steps=5, output_type="np")
     *previews, last = pipe.stream(PROMPT, **call)
     np.testing.assert_array_equal(last.images, pipe(PROMPT, **call).images)
@@ -191,7 +192,7 @@ def test_texts_are_encoded_once_until_something_changes(pipe):
             num_inference_steps=1,
             output_type="latent",
         )
-    assert len(pipe._texts) == module.CACHED_TEXTS
+    assert len(pipe._texts) == CACHED_TEXTS
 
 
 def test_the_prior_adds_the_cosines_with_a_caption_its_nearest_text_and_their_mean():
@@ -350,8 +351,8 @@ BAD = {
     "guidance": ({"guidance_scale": float("nan")}, "guidance_scale=nan must be a number"),
     "rescale": ({"guidance_rescale": 2}, "guidance_rescale=2 must be a number between 0 and 1"),
     "strength": ({"strength": 1.5, "image": PICTURE}, "strength=1.5 must be a number between 0 and 1"),
-    "interval order": ({"guidance_interval": (0.8, 0.2)}, r"guidance_interval=\(0.8, 0.2\) must be two shares"),
-    "interval length": ({"guidance_interval": 0.5}, "guidance_interval=0.5 must be two shares"),
+    "interval order": ({"guidance_interval": (0.8, 0.2)}, r"guidance_interval=\(0.8, 0.2\) must be two fractions"),
+    "interval length": ({"guidance_interval": 0.5}, "guidance_interval=0.5 must be two fractions"),
     "output type": ({"output_type": "jpg"}, "output_type='jpg' must be one of pil, np, pt, latent"),
     "latents": (
         {"latents": torch.zeros(1, 4, 8, 7)},
@@ -360,8 +361,8 @@ BAD = {
     "latents no tensor": ({"latents": 3}, r"latents must have shape \(1, 4, 8, 8\), but have \(\)"),
     "seed and generator": ({"seed": 1, "generator": torch.Generator()}, "seed and generator both"),
     "seed": ({"seed": -1}, "seed=-1 must be a whole number"),
-    "seeds": ({"seed": [1, 2]}, "2 seeds for 1 pictures"),
-    "generators": ({"generator": [torch.Generator()] * 2}, "2 generators for 1 pictures"),
+    "seeds": ({"seed": [1, 2]}, "2 seeds for 1 images"),
+    "generators": ({"generator": [torch.Generator()] * 2}, "2 generators for 1 images"),
     "candidates": ({"num_candidates": 2}, "num_candidates=2 needs a discriminator"),
     "no candidates": ({"num_candidates": 0}, "num_candidates=0 must be a whole number"),
     "image kind": ({"image": "cat.png"}, "image is a str"),

@@ -1,21 +1,26 @@
-"""TextToImagePipeline beside stock Stable Diffusion, and its ways from folders and the Hub. Tiny random models, no network."""
+"""TextToImagePipeline beside stock Stable Diffusion, and its ways from folders. test_hub.py has those from the Hub."""
 
-import ast
 import json
-import re
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, StableDiffusionImg2ImgPipeline
-from hub_server import OWNER, HubServer
-from tiny_pipelines import PROMPT, SIDE, autoencoder_kl, bert, clip, components, noise, pipeline, stock, vae_of_hf_ae
+from tiny_pipelines import (
+    PROMPT,
+    SIDE,
+    autoencoder_kl,
+    bert,
+    clip,
+    components,
+    noise,
+    pipeline,
+    ship,
+    stock,
+    vae_of_hf_ae,
+)
 
 import hf_ae
-import hf_ae.pipelines.text_to_image as module
 from hf_ae.pipelines import TextToImagePipeline
 
 # Against stock Stable Diffusion
@@ -43,8 +48,8 @@ def test_draws_what_stock_stable_diffusion_draws(name, text):
 def test_image_to_image_draws_what_stock_draws(name):
     parts = components(vae=vae_of_hf_ae, noise=name)
     parts["vae"].encode = encode_mode(parts["vae"])
-    picture = torch.rand(1, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(3))
-    call = dict(image=picture, strength=0.6, num_inference_steps=5, guidance_scale=4.0, output_type="np")
+    image = torch.rand(1, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(3))
+    call = dict(image=image, strength=0.6, num_inference_steps=5, guidance_scale=4.0, output_type="np")
     expected = stock(StableDiffusionImg2ImgPipeline, **parts)(
         PROMPT, generator=torch.Generator().manual_seed(5), **call
     ).images
@@ -89,19 +94,6 @@ def test_loads_a_stable_diffusion_folder_unchanged(tmp_path, warnings):
 # Loading and saving
 
 
-def ship(pipe, folder, remote=True):
-    """Save as our repos are: the pipeline's and the VAE's code beside the weights."""
-    pipe.save_pretrained(folder)
-    if remote:
-        index = json.loads((folder / "model_index.json").read_text())
-        index["_class_name"] = ["pipeline", "TextToImagePipeline"]
-        index["vae"] = ["modeling_hf_ae_vae", "VAEModel"] if index["vae"][0] != "diffusers" else index["vae"]
-        (folder / "model_index.json").write_text(json.dumps(index))
-        (folder / "pipeline.py").write_text(Path(module.__file__).read_text())
-        (folder / "vae" / "modeling_hf_ae_vae.py").write_text("raise RuntimeError('the code of the repo was run')")
-    return folder
-
-
 @pytest.mark.parametrize("remote", [True, False], ids=["remote-code", "plain"])
 def test_own_repo_loads_without_running_its_code(tmp_path, remote):
     pipe = pipeline(vae=vae_of_hf_ae, default_guidance_scale=3.0)
@@ -122,62 +114,6 @@ def test_a_model_type_that_nobody_registered_is_named(tmp_path):
     path.write_text(path.read_text().replace("hf_ae_vae", "unheard_of"))
     with pytest.raises(ValueError, match=r"vae is a 'unheard_of' model.*import"):
         TextToImagePipeline.from_pretrained(tmp_path)
-
-
-def test_from_the_hub_only_what_is_needed_travels(tmp_path):
-    """And the file does as remote code, without hf_ae."""
-    folder = ship(pipeline(vae=vae_of_hf_ae), tmp_path / "repo")
-    for name in (
-        "unet/diffusion_pytorch_model.fp16.safetensors",
-        "unet/diffusion_pytorch_model.bin",
-        "unet/model.onnx",
-        "safety/x.json",
-    ):
-        (folder / name).parent.mkdir(exist_ok=True)
-        (folder / name).write_bytes(b"not needed")
-    stock_vae = ship(pipeline(), tmp_path / "stock-vae")
-    code = """if True:
-        import sys, diffusers, huggingface_hub
-        sys.modules["hf_ae"] = None  # as where it is not installed
-        pipe = diffusers.DiffusionPipeline.from_pretrained(sys.argv[2], trust_remote_code=True)
-        print(type(pipe).__name__, pipe("a cat", num_inference_steps=1, seed=0).images[0].size)
-        del sys.modules["hf_ae"]
-        from hf_ae.pipelines import TextToImagePipeline
-        api = huggingface_hub.HfApi()
-        api.create_repo("me/drawer")
-        api.upload_folder(repo_id="me/drawer", folder_path=sys.argv[1])
-        pipe = TextToImagePipeline.from_pretrained("me/drawer")
-        pipe.set_progress_bar_config(disable=True)
-        print(type(pipe.vae).__name__, pipe("a cat", num_inference_steps=1, seed=0).images[0].size, pipe.name_or_path)
-        again = TextToImagePipeline.from_pretrained("me/drawer", local_files_only=True)
-    """
-    with HubServer() as server:
-        env = server.client_env(tmp_path / "home", OWNER, OMP_NUM_THREADS="1")
-        done = subprocess.run(
-            [sys.executable, "-c", code, str(folder), str(stock_vae)], env=env, capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stderr
-        fetched = {
-            re.sub(r".*/resolve/\w+/", "", line)
-            for line in server.requests
-            if line.startswith("GET") and "/resolve/" in line
-        }
-    assert done.stdout.splitlines() == ["TextToImagePipeline (16, 16)", "VAEModel (16, 16) me/drawer"]
-    expected = {
-        "model_index.json",
-        "unet/config.json",
-        "unet/diffusion_pytorch_model.safetensors",
-        "vae/model.safetensors",
-    }
-    assert expected <= fetched and not [name for name in fetched if re.search(r"\.(py|bin|onnx)$|fp16|safety", name)]
-
-
-def test_this_file_needs_nothing_of_the_project():
-    tree = ast.parse(Path(module.__file__).read_text())
-    imported = {node.module if isinstance(node, ast.ImportFrom) else node.names[0].name for node in ast.walk(tree)
-                if isinstance(node, (ast.Import, ast.ImportFrom))}  # fmt: skip
-    outside = {name.split(".")[0] for name in imported} - sys.stdlib_module_names
-    assert outside == {"torch", "transformers", "diffusers", "huggingface_hub", "numpy", "PIL"}
 
 
 def test_takes_over_the_parts_of_a_stock_pipeline():

@@ -93,6 +93,31 @@ def make(name: str, **more):
     return cls(cls.config_class(**fields, **more))
 
 
+def shaken(name: str = "compressive", amount: float = 0.05):
+    """A variant in eval mode with random weights everywhere, so that no part of it is still at zero."""
+    import torch
+
+    model = make(name)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(5)) * amount)
+    model.tables_are_stale = True
+    model.update_tables()
+    return model.eval()
+
+
+def smooth_image(width: int = 61, height: int = 40, mode: str = "L", seed: int = 0):
+    """A smooth PIL image with some noise."""
+    import numpy as np
+    from PIL import Image
+
+    rng = np.random.default_rng(seed)
+    small = Image.fromarray(rng.integers(0, 255, (6, 8, 3), dtype=np.uint8))
+    array = np.asarray(small.resize((width, height), Image.Resampling.BICUBIC)).astype(int)
+    array = (array + rng.integers(-6, 7, array.shape)).clip(0, 255)
+    return Image.fromarray(array.astype(np.uint8)).convert(mode)
+
+
 def pixels(model, batch: int = 4, seed: int = 1):
     """Random pixel_values for a model."""
     import torch
