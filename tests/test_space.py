@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from space_page import SECONDS, TABS, changes, drawn, opened, says, set_number, source, sync_api, tab, toast
 
-sync_api = pytest.importorskip("playwright.sync_api", reason="the browser tests need pip install playwright")
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
 if CHROMIUM is None:
     pytest.skip("the browser tests need Chromium: apt-get install chromium, or CHROMIUM=path", allow_module_level=True)
@@ -22,7 +22,6 @@ FLAGS = [
     "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
     "--disable-component-update", "--disable-sync",
 ]  # fmt: skip
-TABS = ("Prompt to picture", "Round trip", "Latent space", "Repair", "Compare")
 SECTIONS = ("Walk", "Arithmetic", "Turn the numbers", "The plane", "Random codes", "A learned prior")
 SHOWN = {
     "Prompt to picture": "pictures", "Round trip": "trip-slider", "Walk": "frames", "Arithmetic": "sum",
@@ -30,7 +29,6 @@ SHOWN = {
     "A learned prior": "class-pictures", "Repair": "repaired", "Compare": "measured-pictures",
 }  # fmt: skip
 """Where a tab shows something as soon as it is opened."""
-SECONDS = 30_000
 expect = sync_api.expect
 
 
@@ -40,29 +38,6 @@ def browser():
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
         yield browser
         browser.close()
-
-
-def opened(browser, url: str, problems: list[str], **options):
-    """A page on the Space, in a context of its own. What goes wrong in it is written into `problems`."""
-    host = re.match(r"https?://[^/]+", url)[0]
-    page = browser.new_context(**{"viewport": {"width": 1280, "height": 900}, **options}).new_page()
-    page.set_default_timeout(SECONDS)
-    page.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
-    page.on("pageerror", lambda error: problems.append(str(error)))
-    page.on(
-        "response", lambda answer: problems.append(f"{answer.status} {answer.url}") if answer.status >= 400 else None
-    )
-    page.on(
-        "request",
-        lambda request: None if request.url.startswith((host, "data:", "blob:")) else problems.append(request.url),
-    )
-    # A preview that the next one replaces before it has come is given up by the browser, and is no failure.
-    page.on(
-        "requestfailed", lambda r: None if r.failure == "net::ERR_ABORTED" else problems.append(f"{r.failure} {r.url}")
-    )
-    page.goto(url)
-    page.get_by_role("tab", name=TABS[0]).wait_for()
-    return page
 
 
 @pytest.fixture(scope="module")
@@ -80,51 +55,6 @@ def page(shared):
     page, problems = shared
     yield page
     assert problems == []
-
-
-def tab(page, name: str):
-    """Open a tab; on a narrow page those that do not fit are buttons below."""
-    page.get_by_role("tab", name=name, exact=True).or_(
-        page.locator(".overflow-dropdown button", has_text=name)
-    ).first.click()
-
-
-def says(page, elem_id: str, words: str):
-    expect(page.locator(f"#{elem_id}")).to_contain_text(re.compile(words), timeout=SECONDS)
-
-
-def drawn(page, words: str = r"Drawn.* s\."):
-    says(page, "draw-status", words)
-
-
-def source(page, elem_id: str) -> str:
-    """The address of the first picture in a component, once it is there."""
-    image = page.locator(f"#{elem_id} img").first
-    expect(image).to_be_visible(timeout=SECONDS)
-    page.wait_for_function("image => image.complete && image.naturalWidth > 0", arg=image.element_handle())
-    return image.get_attribute("src")
-
-
-def changes(page, elem_id: str, act) -> str:
-    """Do something, and wait until the picture in a component is another one."""
-    before = source(page, elem_id)
-    act()
-    expect(page.locator(f"#{elem_id} img").first).not_to_have_attribute("src", before, timeout=SECONDS)
-    return source(page, elem_id)
-
-
-def set_number(page, elem_id: str, value):
-    field = page.locator(f"#{elem_id}").get_by_role("spinbutton")
-    field.fill(str(value))
-    field.press("Enter")
-
-
-def toast(page, words: str):
-    """One friendly line appears; it is closed again."""
-    shown = page.get_by_test_id("toast-text").last
-    expect(shown).to_contain_text(re.compile(words), timeout=SECONDS)
-    assert "Traceback" not in shown.inner_text() and len(shown.inner_text().splitlines()) == 1
-    page.get_by_test_id("toast-close").last.click()
 
 
 # Prompt to picture

@@ -1,5 +1,7 @@
 """The one list of variants that drives the shared tests: name -> (model_type, configuration fields)."""
 
+import torch
+
 import hf_ae
 
 CONV = dict(network="conv", image_size=[12, 16], hidden_sizes=[4, 8])
@@ -85,8 +87,6 @@ VARIANTS = {
 
 def make(name: str, **more):
     """A new model of a variant, the same at every call; `more` are fields that it does not set."""
-    import torch
-
     torch.manual_seed(0)
     model_type, fields = VARIANTS[name]
     cls = hf_ae.MODELS[model_type]
@@ -95,8 +95,6 @@ def make(name: str, **more):
 
 def shaken(name: str = "compressive", amount: float = 0.05):
     """A variant in eval mode with random weights everywhere, so that no part of it is still at zero."""
-    import torch
-
     model = make(name)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -120,8 +118,15 @@ def smooth_image(width: int = 61, height: int = 40, mode: str = "L", seed: int =
 
 def pixels(model, batch: int = 4, seed: int = 1):
     """Random pixel_values for a model."""
-    import torch
-
     low, high = model.config.pixel_range
     shape = (batch, model.config.num_channels, *model.config.image_hw)
     return torch.rand(shape, generator=torch.Generator().manual_seed(seed)) * (high - low) + low
+
+
+def rgb_model():
+    """A small compressive model of colour images."""
+    torch.manual_seed(0)
+    fields = dict(
+        image_size=32, hidden_sizes=[8, 8], patch_size=4, num_res_blocks=1, latent_channels=24, hyper_channels=[8, 4]
+    )
+    return hf_ae.CompressiveAutoencoderModel(hf_ae.CompressiveAutoencoderConfig(**fields)).eval()
