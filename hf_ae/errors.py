@@ -7,6 +7,8 @@ import sys
 from collections.abc import Iterator
 from typing import NoReturn
 
+from tqdm.auto import tqdm
+
 
 def require(condition: object, message: str) -> None:
     """Raise ValueError with the message unless the condition holds."""
@@ -34,5 +36,5 @@ def one_line_errors() -> Iterator[None]:
 
 
 def fail(message: str) -> NoReturn:
-    print(f"error: {message}", file=sys.stderr)
+    tqdm.write(f"error: {message}", file=sys.stderr)  # on a line of its own, whatever bar is half drawn
     sys.exit(2)

@@ -116,10 +116,10 @@ def read_labels(splits: Splits, split: str, column: str) -> tuple[torch.Tensor, 
     check_column(rows, column, "label_column")
     if isinstance(rows.features[column], datasets.ClassLabel):
         return torch.tensor(list(rows[column])), list(rows.features[column].names)
-    found = {value for part in splits.values() if column in part.column_names for value in part[column]}
-    good = len({type(value) for value in found}) == 1 and all(isinstance(value, int | str) for value in found)
+    values = [value for part in splits.values() if column in part.column_names for value in part[column]]
+    good = {type(value) for value in values} in ({int}, {str})
     require(
         good, f"The column {column!r} holds no classes: write --label_column with a column of whole numbers or names."
     )
-    index = {value: i for i, value in enumerate(sorted(found))}
+    index = {value: i for i, value in enumerate(sorted(set(values)))}
     return torch.tensor([index[value] for value in rows[column]]), [str(value) for value in index]
