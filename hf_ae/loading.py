@@ -45,7 +45,7 @@ def load_model(
     """(model in eval mode, image processor) of a folder or Hub id, one of this family. Raises ValueError."""
     with opening("model", name):
         kind = AutoConfig.from_pretrained(name).model_type
-        require(kind.startswith("hf_ae_"), f"{name} is a {kind!r} model, not one of hf_ae's.")
+        require(kind.startswith("hf_ae_"), f"it is a {kind!r} model, not one of hf_ae's.")
         model = AutoModel.from_pretrained(name, dtype=dtype, use_safetensors=True)
         return model.eval().to(device), AutoImageProcessor.from_pretrained(name)
 

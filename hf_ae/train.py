@@ -119,7 +119,7 @@ def take_steps(args: ImageTrainingArguments, run: Run, images: Any, held_out: Te
     accelerator, model = run.accelerator, run.bare_model
     changes: dict[str, Any] = dict(flip=args.random_flip, symmetry=args.random_symmetry, colors=args.random_colors)
     changes |= dict(shift=args.random_shift, binarize=args.binarize)
-    watch = Watch(model, accelerator.print)
+    watch = Watch(model, run.print)
     run.open()
     while run.unfinished:
         for pixels in images.batches(args.train_batch_size, run.progress.epoch, **run.place):
@@ -205,7 +205,7 @@ def validate(run: Run, pixels: Tensor) -> None:
     model.train()
     log_evaluation(run, totals)
     for warning in generative_collapse(model, totals, latents):
-        accelerator.print(f"warning: {warning}")
+        run.print(f"warning: {warning}")
     show_samples(run, partial(labelled_rows, samples))
 
 

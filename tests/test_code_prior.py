@@ -130,7 +130,7 @@ def test_prior_trains_resumes_bitwise_and_learns_the_classes(train_args, tmp_pat
     for bad, words in (
         (dict(model=None), "--model"),
         (dict(prior_overrides="layers=2"), "prior_layers"),
-        (dict(label_column="x"), "no column 'x': write --label_column with image, label"),
+        (dict(label_column="x"), "no column 'x': write --label_column with one of image, label"),
     ):
         with pytest.raises(ValueError, match=words):
             train_prior(prior_args("bad", **bad))

@@ -203,7 +203,7 @@ def test_columns_that_hold_no_classes_are_refused():
     for column in ("weight", "tags", "gap"):
         with pytest.raises(ValueError, match=f"'{column}' holds no classes"):
             read_labels({"train": rows}, "train", column)
-    with pytest.raises(ValueError, match=r"no column 'kind': write --label_column with weight, tags, gap"):
+    with pytest.raises(ValueError, match=r"no column 'kind': write --label_column with one of weight, tags, gap"):
         read_labels({"train": rows}, "train", "kind")
 
 

@@ -1,10 +1,10 @@
 """What is shipped: the checkpoints, the wheel, the cost of importing."""
 
 import json
+import resource
 import shutil
 import subprocess
 import sys
-import time
 import zipfile
 from pathlib import Path
 
@@ -70,12 +70,12 @@ def test_importing_costs_little_more_than_torch_and_transformers():
     """At most 15% more, the best of three tries, each in a new process. No heavy dependency is loaded."""
     code = """
 import json, sys, time
-times = [time.perf_counter()]
+times = [time.process_time()]
 import torch
 from transformers import PreTrainedModel
-times.append(time.perf_counter())
+times.append(time.process_time())
 import hf_ae
-times.append(time.perf_counter())
+times.append(time.process_time())
 heavy = ("datasets", "diffusers", "sklearn", "matplotlib", "gradio", "torchmetrics", "typer", "constriction")
 print(json.dumps([times[2] - times[1], times[1] - times[0], [name for name in heavy if name in sys.modules]]))
 """
@@ -91,13 +91,14 @@ print(json.dumps([times[2] - times[1], times[1] - times[0], [name for name in he
     "words, seconds", [(["--help"], 0.5), (["evaluate", "--help"], 0.6)], ids=["help", "evaluate"]
 )
 def test_help_answers_at_once(words, seconds):
-    """The best of three tries; nothing heavy is imported."""
+    """The best of three, in processor time, which other work changes less. Nothing heavy is imported."""
     command, env = [Path(sys.executable).with_name("hf-ae"), *words], environment()
     took = []
     while not took or (min(took) > seconds and len(took) < 3):
-        started = time.perf_counter()
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         done = subprocess.run(command, env=env, capture_output=True, text=True)
-        took.append(time.perf_counter() - started)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        took.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
         assert done.returncode == 0 and ("--dataset_name" if len(words) > 1 else "compress") in done.stdout
     assert min(took) <= seconds, took
     env["PYTHONPROFILEIMPORTTIME"] = "1"

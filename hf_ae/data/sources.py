@@ -80,9 +80,8 @@ def image_column(rows: Any, name: str | None = None) -> str:
 
 def check_column(rows: Any, name: str, flag: str) -> None:
     """Raise ValueError, naming the flag to change, unless the column is there."""
-    require(
-        name in rows.column_names, f"There is no column {name!r}: write --{flag} with {', '.join(rows.column_names)}."
-    )
+    choice = ", ".join(rows.column_names)
+    require(name in rows.column_names, f"There is no column {name!r}: write --{flag} with one of {choice}.")
 
 
 def read_texts(rows: Any, column: str) -> list[Any]:

@@ -117,6 +117,11 @@ class Run:
         self.bar.update()
         return True
 
+    def print(self, message: str) -> None:
+        """On the main process, above the progress bar."""
+        if self.accelerator.is_main_process:
+            tqdm.write(message)
+
     def every(self, steps: int | None) -> bool:
         """Whether something is due that happens every so many steps."""
         return bool(steps) and self.progress.step % (steps or 1) == 0
