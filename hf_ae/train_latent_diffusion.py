@@ -224,7 +224,7 @@ def load_text(args: LatentDiffusionArguments, base: Any, all_captions: Captions,
     name, captions = args.text_encoder, all_captions.first_column() if args.caption_prior else all_captions
     if name is None and base is not None:
         return Text(captions, base.tokenizer, base.text_encoder.to(device).eval().requires_grad_(False), False)
-    if name is None or "=" in name:
+    if name is None or ("=" in name and not Path(name).is_dir()):
         new = new_text_encoder(all_captions.texts, parse_overrides(name), args.max_text_length, args.seed)
         return Text(captions, *new, True)
     tokenizer, encoder = load_text_encoder(name, args.max_text_length)

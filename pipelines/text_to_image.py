@@ -27,7 +27,6 @@ from diffusers.models.embeddings import get_timestep_embedding
 from diffusers.utils.torch_utils import randn_tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .caption_prior import CaptionPrior
 from .drawing_request import DrawingRequest, Images, Preview, TextToImageOutput
 from .image_io import decode, dtype_of, pixel_range, present, require
 from .repo_parts import EXTRA, NOT_RUN, REQUIRED, UNCHECKED, RepoLoading, logger
@@ -65,7 +64,7 @@ class TextToImagePipeline(RepoLoading, DiffusionPipeline):
 
     def __init__(
         self, vae: AutoencoderKL | PreTrainedModel, text_encoder: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
-        unet: UNet2DConditionModel, scheduler: SchedulerMixin, prior: CaptionPrior | None = None,
+        unet: UNet2DConditionModel, scheduler: SchedulerMixin, prior: Any = None,
         image_decoder: Any = None, discriminator: Any = None, safety_checker: Any = None,
         feature_extractor: Any = None, image_encoder: Any = None, requires_safety_checker: bool = False,
         default_num_inference_steps: int = 50, default_guidance_scale: float | int = 7.5,

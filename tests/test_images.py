@@ -251,3 +251,14 @@ def test_patch_size_sets_the_grid_and_is_checked():
         hf_ae.AutoencoderConfig(patch_size=2)
     with pytest.raises(ValueError, match="patch_size=4"):
         hf_ae.AutoencoderConfig(**{**fields, "image_size": 18})
+
+
+def test_unlabelled_rows_of_another_split_change_no_class():
+    train = datasets.Dataset.from_dict({"label": [0, 2, 1]})
+    for unlabelled in ([-1, -1], [None, None]):
+        splits = {"train": train, "test": datasets.Dataset.from_dict({"label": unlabelled})}
+        indices, names = read_labels(splits, "train", "label")
+        assert indices.tolist() == [0, 2, 1] and names == ["0", "1", "2"]
+    classes = datasets.Features({"label": datasets.ClassLabel(names=["a", "b"])})
+    with pytest.raises(ValueError, match="rows without a class"):
+        read_labels({"train": datasets.Dataset.from_dict({"label": [0, None]}, features=classes)}, "train", "label")

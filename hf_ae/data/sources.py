@@ -113,12 +113,23 @@ def read_labels(splits: Splits, split: str, column: str) -> tuple[torch.Tensor, 
 
     rows = pick_split(splits, split)
     check_column(rows, column, "label_column")
+    own, names = list(rows[column]), getattr(rows.features[column], "names", [])
     if isinstance(rows.features[column], datasets.ClassLabel):
-        return torch.tensor(list(rows[column])), list(rows.features[column].names)
-    values = [value for part in splits.values() if column in part.column_names for value in part[column]]
-    good = {type(value) for value in values} in ({int}, {str})
+        labelled = all(value is not None and 0 <= value < len(names) for value in own)
+        require(labelled, f"The column {column!r} has rows without a class: leave these out.")
+        return torch.tensor(own), list(names)
+    good = {type(value) for value in own} in ({int}, {str}, {bool})
     require(
         good, f"The column {column!r} holds no classes: write --label_column with a column of whole numbers or names."
     )
-    index = {value: i for i, value in enumerate(sorted(set(values)))}
-    return torch.tensor([index[value] for value in rows[column]]), [str(value) for value in index]
+    kind = type(own[0])
+    rest = {
+        value
+        for part in splits.values()
+        if column in part.column_names
+        for value in part[column]
+        if type(value) is kind
+    }
+    rest = {value for value in rest if isinstance(value, str) or value >= 0}  # in a split without labels they are -1
+    index = {value: i for i, value in enumerate(sorted({*own, *rest}))}
+    return torch.tensor([index[value] for value in own]), [str(value) for value in index]

@@ -110,4 +110,4 @@ def make_prior(captions: Captions, text_encoder: Any, tokenizer: Any) -> Caption
     firsts, texts = tensors["links"].long()
     means = torch.zeros(len(drawn), vectors.shape[1]).index_add(0, firsts, vectors[texts])
     prior.load_state_dict(tensors | {"means": F.normalize(means, dim=1)})
-    return prior
+    return prior.to(device)

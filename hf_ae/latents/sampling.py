@@ -195,6 +195,10 @@ def sample(model: Any, n: int, sampler: Sampler | None = None, seed: int = 0, la
         sizes = [min(most, n - start) for start in range(0, n, most)]
         parts = (model.generate(size, labels=part, generator=generator) for size, part in zip(sizes, asked))
         return torch.cat([part.float().cpu() for part in parts])
+    needs_prior = sampler is None and model.has_discrete_codes
+    require(
+        not needs_prior, "Codes have no standard distribution: train a prior (hf_ae.train_prior) or fit a sampler."
+    )
     sampler = sampler or prior(model.config.latent_shape)
     shapes = f"latents of shape {sampler.latent_shape}, and this model decodes {model.config.latent_shape}"
     require(sampler.latent_shape == model.config.latent_shape, f"The sampler draws {shapes}.")

@@ -56,7 +56,7 @@ def log_step(run: Any, output: Any) -> None:
     loss, measures = float(output.loss.detach()), getattr(output, "measures", None) or {}
     run.bar.set_postfix(loss=f"{loss:.4g}", refresh=False)
     if run.args.report_to != "none":
-        terms = {f"train/{name}": float(term) for name, term in {**output.losses, **measures}.items()}
+        terms = {f"train/{name}": float(term.detach()) for name, term in {**output.losses, **measures}.items()}
         rate = run.schedulers[0].get_last_lr()[0]
         run.accelerator.log({"train/loss": loss, "learning_rate": rate, **terms}, step=run.progress.step)
 
