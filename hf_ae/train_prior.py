@@ -210,11 +210,13 @@ def validate(run: Run, model: Any, test: Codes | None) -> None:
     """Nats of held-out codes, and sample images, with the averaged weights if there are any."""
     accelerator, prior = run.accelerator, run.bare_model.eval()
     totals: dict[str, float] = {}
+    batches = [] if test is None else list(zip(test.versions[0].split(256), test.labels.split(256)))
+    count = sum(len(labels) for _, labels in batches)
     with averaged(prior, run.ema), accelerator.autocast():
-        for codes, labels in zip(test.versions[0].split(256), test.labels.split(256)) if test else ():
+        for codes, labels in batches:
             shown = labels.to(accelerator.device) if prior.num_classes else None
             for name, term in prior(codes.long().to(accelerator.device), shown).losses.items():
-                totals[name] = totals.get(name, 0.0) + float(term) * len(codes) / len(test.labels)  # type: ignore[union-attr]
+                totals[name] = totals.get(name, 0.0) + float(term) * len(codes) / count
         images = draw_samples(model)
     prior.train()
     log_evaluation(run, totals, " nats")

@@ -113,11 +113,11 @@ def read_labels(splits: Splits, split: str, column: str) -> tuple[torch.Tensor, 
 
     rows = pick_split(splits, split)
     check_column(rows, column, "label_column")
-    own, names = list(rows[column]), getattr(rows.features[column], "names", [])
-    if isinstance(rows.features[column], datasets.ClassLabel):
-        labelled = all(value is not None and 0 <= value < len(names) for value in own)
+    own, feature = list(rows[column]), rows.features[column]
+    if isinstance(feature, datasets.ClassLabel):
+        labelled = all(value is not None and value >= 0 for value in own)
         require(labelled, f"The column {column!r} has rows without a class: leave these out.")
-        return torch.tensor(own), list(names)
+        return torch.tensor(own), list(feature.names)
     good = {type(value) for value in own} in ({int}, {str}, {bool})
     require(
         good, f"The column {column!r} holds no classes: write --label_column with a column of whole numbers or names."
