@@ -143,7 +143,7 @@ def train(args: LatentDiffusionArguments) -> None:
     frozen_prior = None if text.is_trained else caption_prior(args, all_captions, text.encoder, text.tokenizer)
 
     def pipeline() -> Any:
-        trained = run.bare_model
+        trained = run.bare_model.eval()  # no dropout in the vectors of the prior; validate goes back to training
         reader = trained.text_encoder or text.encoder
         prior = caption_prior(args, all_captions, reader, text.tokenizer) if text.is_trained else frozen_prior
         parts = dict(vae=vae, text_encoder=reader, tokenizer=text.tokenizer, unet=trained.unet, prior=prior)

@@ -125,11 +125,13 @@ def test_a_given_text_encoder_stays_frozen_and_a_new_one_is_trained(arguments, t
     assert set(first) == set(given) and any(not torch.equal(first[k], later[k]) for k in first)
 
 
-def test_with_a_prior_a_prompt_is_drawn_as_the_caption_that_its_texts_lead_to(arguments, text_folder, tmp_path):
+@pytest.mark.parametrize("trained", [False, True])
+def test_with_a_prior_a_prompt_is_drawn_as_the_caption_its_texts_lead_to(arguments, text_folder, tmp_path, trained):
     """The score of a caption: cosines with itself, with the nearest text of its images, and with the mean of those."""
     rows = datasets.load_dataset(str(EMOJI))["train"]
     names, words = rows["text"], rows["keywords"]
-    train(arguments(text_encoder=str(text_folder), caption_prior=True, max_train_steps=2))
+    text_encoder = {} if trained else {"text_encoder": str(text_folder)}
+    train(arguments(**text_encoder, caption_prior=True, max_train_steps=2))
     pipe = TextToImagePipeline.from_pretrained(tmp_path / "run")
     assert pipe.prior.config.captions == list(dict.fromkeys(names))
 
