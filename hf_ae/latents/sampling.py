@@ -102,15 +102,25 @@ class Sampler:
 
 
 def sampler_file(name: str | Path) -> Path | None:
-    """The file of the sampler beside a model, a folder or a Hub id; None where there is none."""
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, HFValidationError, RepositoryNotFoundError
+    """The file of the sampler beside a model, a folder or a Hub id; None where there is none. Raises ValueError where
+    the Hub does not answer."""
+    from huggingface_hub import constants, hf_hub_download
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
 
     path = Path(name) / FILE
     if Path(name).is_dir():
         return path if path.is_file() else None
     try:
         return Path(hf_hub_download(str(name), FILE))
+    except LocalEntryNotFoundError as error:
+        if constants.HF_HUB_OFFLINE:
+            return None
+        raise ValueError(f"The Hub cannot be asked for the sampler of {name}: {first_line(error)}") from None
     except (EntryNotFoundError, HFValidationError, RepositoryNotFoundError):
         return None
 
