@@ -48,6 +48,23 @@ def drawn(page, words: str = r"Drawn.* s\."):
     says(page, "draw-status", words)
 
 
+def redrawn(page, act) -> list[str]:
+    """Do something, wait until a new picture is drawn, and return every status that was shown on the way."""
+    page.evaluate("""() => {
+        window.said = [];
+        const line = document.querySelector('#draw-status');
+        window.watching?.disconnect();
+        window.watching = new MutationObserver(() => window.said.push(line.innerText.trim()));
+        window.watching.observe(line, {subtree: true, childList: true, characterData: true});
+    }""")
+    act()
+    page.wait_for_function("""() => {
+        const asked = window.said.findIndex(text => /Step|Loading/.test(text));
+        return asked >= 0 && window.said.slice(asked).some(text => text.startsWith('Drawn'));
+    }""")
+    return page.evaluate("window.said")
+
+
 def source(page, elem_id: str) -> str:
     """The address of the first picture in a component, once it is there."""
     image = page.locator(f"#{elem_id} img").first

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from space_page import SECONDS, TABS, changes, drawn, opened, says, set_number, source, sync_api, tab, toast
+from space_page import SECONDS, TABS, changes, drawn, opened, redrawn, says, set_number, source, sync_api, tab, toast
 
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
 if CHROMIUM is None:
@@ -29,6 +29,7 @@ SHOWN = {
     "A learned prior": "class-pictures", "Repair": "repaired", "Compare": "measured-pictures",
 }  # fmt: skip
 """Where a tab shows something as soon as it is opened."""
+SLOW = {"offline": False, "downloadThroughput": -1, "uploadThroughput": -1}
 expect = sync_api.expect
 
 
@@ -66,17 +67,9 @@ def test_the_page_draws_before_anybody_asks(page):
 
 
 def test_a_prompt_shows_previews_and_then_its_picture(page):
-    page.evaluate("""() => {
-        window.said = [];
-        const line = document.querySelector('#draw-status');
-        const observer = new MutationObserver(() => window.said.push(line.innerText.trim()));
-        observer.observe(line, {subtree: true, childList: true, characterData: true});
-    }""")
-    page.get_by_label("Prompt", exact=True).fill("rocket")
-    changes(page, "pictures", lambda: page.get_by_label("Prompt", exact=True).press("Enter"))
-    drawn(page)
-    page.wait_for_function("window.said.some(text => text.startsWith('Drawn'))")
-    said = page.evaluate("window.said")
+    prompt = page.get_by_label("Prompt", exact=True)
+    prompt.fill("rocket")
+    said = redrawn(page, lambda: changes(page, "pictures", lambda: prompt.press("Enter")))
     assert sum(text.startswith("Step") for text in said) >= 2, said
 
 
@@ -129,9 +122,7 @@ def test_a_link_brings_everything_back(page, browser, space):
 )
 def test_html_in_a_prompt_is_only_text(page, browser, space, text):
     page.get_by_label("Prompt", exact=True).fill(text)
-    page.get_by_role("button", name="Draw", exact=True).click()
-    says(page, "draw-status", "Step|Loading")
-    drawn(page)
+    redrawn(page, page.get_by_role("button", name="Draw", exact=True).click)
     problems: list[str] = []
     other = opened(browser, space + "/?prompt=" + text.replace('"', "%22"), problems)
     drawn(other)
@@ -172,10 +163,11 @@ def test_the_quality_decides_about_bytes_and_error(page):
     says(page, "trip-status", "bytes")
     told = {}
     for quality in (0.1, 0.9):
-        before = page.locator("#trip-status").inner_text().strip()
+        line = page.locator("#trip-status p")
+        before = line.inner_text()
         set_number(page, "quality", quality)
-        expect(page.locator("#trip-status")).not_to_contain_text(before, timeout=SECONDS)
-        text = page.locator("#trip-status").inner_text()
+        expect(line).not_to_have_text(before, timeout=SECONDS)
+        text = line.inner_text()
         told[quality] = [
             float(re.search(wanted, text)[1].replace(",", "")) for wanted in (r"([\d,]+) bytes", r"PSNR ([\d.]+)")
         ]
@@ -235,20 +227,27 @@ def test_wrong_files_are_one_friendly_line(page, tmp_path):
 
 def test_of_quick_clicks_the_last_one_counts(page):
     tab(page, "Round trip")
-    for names in (("caps", "boat"), ("window", "caps")):
-        page.locator("#trip-picker").get_by_label(f"Photo: {names[0]}").click()
+    picker, line = page.locator("#trip-picker"), page.locator("#trip-status p")
+
+    network = page.context.new_cdp_session(page)
+
+    def alone(label: str) -> str:
+        picker.get_by_label(label).click()
+        expect(line).to_contain_text("294,912" if label.startswith("Photo") else "12,288", timeout=SECONDS)
+        return line.inner_text()
+
+    for first, last in (("caps", "boat"), ("window", "caps")):
+        alone("Emoji: owl")
+        expected = alone(f"Photo: {last}")
+        alone("Emoji: owl")
+        network.send("Network.emulateNetworkConditions", {**SLOW, "latency": 400})
+        picker.get_by_label(f"Photo: {first}").click()
         page.wait_for_timeout(100)
-        page.locator("#trip-picker").get_by_label(f"Photo: {names[1]}").click()
-        page.wait_for_timeout(3000)
-        quick = page.locator("#trip-status").inner_text()
-        changes(page, "trip-slider", lambda: page.locator("#trip-picker").get_by_label("Emoji: owl").click())
-        changes(
-            page,
-            "trip-slider",
-            lambda name=names[1]: page.locator("#trip-picker").get_by_label(f"Photo: {name}").click(),
-        )
+        picker.get_by_label(f"Photo: {last}").click()
+        expect(line).to_have_text(expected, timeout=SECONDS)
         page.wait_for_timeout(1500)
-        assert page.locator("#trip-status").inner_text() == quick
+        assert line.inner_text() == expected, "the earlier click came after the last one"
+        network.send("Network.emulateNetworkConditions", {**SLOW, "latency": 0})
 
 
 # Latent space
@@ -291,6 +290,16 @@ def test_the_plane_is_drawn_where_one_points(page):
     expect(page.locator("#plane-x").get_by_role("spinbutton")).to_have_value(re.compile(r"-5\.\d"), timeout=SECONDS)
     handle = page.locator("#plane-y input[type=range]")
     changes(page, "plane-digit", lambda: (handle.focus(), [handle.press("PageUp") for _ in range(3)]))
+    box = plane.bounding_box()
+    network = page.context.new_cdp_session(page)
+    network.send("Network.emulateNetworkConditions", {**SLOW, "latency": 200})
+    page.mouse.move(box["x"] + 0.5 * side, box["y"] + 0.2 * side)
+    page.mouse.move(box["x"] + 0.9 * side, box["y"] + 0.1 * side, steps=30)  # faster than digits come
+    for name, value in (("x", r"14\.\d"), ("y", r"14\.\d")):
+        field = page.locator(f"#plane-{name}").get_by_role("spinbutton")
+        expect(field).to_have_value(re.compile(value), timeout=SECONDS)
+    network.send("Network.emulateNetworkConditions", {**SLOW, "latency": 0})
+    assert page.get_by_test_id("toast-text").count() == 0
 
 
 def test_random_codes_change_with_the_dice(page):

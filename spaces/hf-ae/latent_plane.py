@@ -61,9 +61,10 @@ POINT = """const at = event => {
     const v = Math.min(1, Math.max(0, (event.clientY - box.top) / box.height));
     map.querySelector('.dot').style.cssText = `left:${100 * u}%;top:${100 * v}%`;
     const x = Number(d.left) + u * (d.right - d.left), y = Number(d.top) + v * (d.bottom - d.top);
-    trigger('input', {x: Math.round(100 * x) / 100, y: Math.round(100 * y) / 100});
+    window.planePoint = [Math.round(100 * x) / 100, Math.round(100 * y) / 100];
+    waiting ||= requestAnimationFrame(() => { waiting = 0; trigger('input'); });  // of one moment, one event
 };
-let held = false;
+let held = false, waiting = 0;
 element.addEventListener('pointerdown', event => { held = true; at(event); });
 element.addEventListener('pointermove', event => { if (held || event.pointerType === 'mouse') at(event); });
 window.addEventListener('pointerup', () => { held = false; });"""
@@ -77,9 +78,9 @@ MOVE_DOT = """(x, y) => {
 }"""
 
 
-def point_at(event: gr.EventData) -> tuple[float, float, Image.Image]:
+def point_at(x: float, y: float) -> tuple[float, float, Image.Image]:
     """The pointer on the map -> the two sliders and the digit."""
-    return event.x, event.y, plane_point(event.x, event.y)
+    return x, y, plane_point(x, y)
 
 
 def build() -> list[gr.components.Component]:
@@ -93,5 +94,6 @@ def build() -> list[gr.components.Component]:
             y = gr.Slider(*Y, sum(Y) / 2, step=0.01, label="Second number: bottom to top", elem_id="plane-y")
     private = {"api_visibility": "private"}
     gr.on([x.input, y.input], plane_point, [x, y], shown, js=MOVE_DOT, api_name="plane_point", **LIVE)
-    plane.input(friendly(point_at), None, [x, y, shown], **LIVE, **private)
+    # The browser tells where the pointer is when the event starts: data of an event that had to wait are lost.
+    plane.input(friendly(point_at), [x, y], [x, y, shown], js="() => window.planePoint", **LIVE, **private)
     return [plane, shown]

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import gradio as gr
 from page import intro, show_many, table, terms
-from serving import file_of, friendly, keep_file
+from serving import AT_ONCE, file_of, friendly, keep_file
 
 FAMILIES = {
     "Fashion-MNIST": (
@@ -98,5 +98,5 @@ def build() -> list[gr.components.Component]:
     figures = gr.HTML(label="Figures", elem_id="measured", apply_default_css=False)
     terms("PSNR", "SSIM", "PCA", "FID")
     images = show_many("Test pictures, and what comes back", "measured-pictures", 1)
-    family.input(compare, family, [figures, images], api_name="compare", queue=False)
+    family.input(compare, family, [figures, images], api_name="compare", **AT_ONCE)
     return [figures, images]

@@ -10,7 +10,19 @@ from typing import Any
 import gradio as gr
 from page import intro, show_many, show_one, status, status_html
 from PIL import Image, ImageOps
-from serving import GPU, SHARED, friendly, is_loaded, load_pipeline, number, open_upload, remembered, upload, whole
+from serving import (
+    AT_ONCE,
+    GPU,
+    SHARED,
+    friendly,
+    is_loaded,
+    load_pipeline,
+    number,
+    open_upload,
+    remembered,
+    upload,
+    whole,
+)
 
 MOST_LETTERS, MOST_STEPS, MOST_IMAGES = 300, 50, 6
 SCHEDULERS = {
@@ -214,10 +226,10 @@ def build(demo: gr.Blocks) -> Any:
     private = {"api_visibility": "private"}
     gr.on([draw_button.click, prompt.submit], draw, **drawing, api_name="draw")
     examples.load_input_event.then(draw, **drawing, **private)
-    lucky.click(lambda: random.randrange(10_000), None, seed, queue=False, **private).then(draw, **drawing, **private)
+    lucky.click(lambda: random.randrange(10_000), None, seed, **AT_ONCE, **private).then(draw, **drawing, **private)
     changes = [field.change for field in fields]
-    gr.on(changes, lambda: [gr.update(visible=False)] * 2, None, extras, queue=False, **private)
-    return demo.load(from_address, None, fields, queue=False, **private).then(draw_first, **drawing, **private)
+    gr.on(changes, lambda: [gr.update(visible=False)] * 2, None, extras, **AT_ONCE, **private)
+    return demo.load(from_address, None, fields, **AT_ONCE, **private).then(draw_first, **drawing, **private)
 
 
 def build_settings() -> list[gr.components.Component]:

@@ -10,6 +10,7 @@ from page import intro, show_many, status, status_html, terms
 from picker import Items, buttons_for, chosen, picker_of, sheet_items
 from PIL import Image
 from serving import (
+    AT_ONCE,
     EXAMPLES,
     LIVE,
     SHARED,
@@ -162,8 +163,8 @@ def build() -> list[gr.components.Component]:
     private = {"api_visibility": "private"}
     repairing = {"inputs": [image, damage, level, seed], "outputs": [shown, told]}
     gr.on([level.input, seed.input, image.upload], repair, **repairing, api_name="repair", **LIVE)
-    changing = damage.input(change_damage, [damage, image], [level, picker, image], queue=False, **private)
-    picking = picker.click(pick, damage, image, queue=False, **private)
+    changing = damage.input(change_damage, [damage, image], [level, picker, image], **AT_ONCE, **private)
+    picking = picker.click(pick, damage, image, **AT_ONCE, **private)
     for event in (changing, picking):
         event.then(repair, **repairing, **SHARED, **private)
     return [*repairing["outputs"], level]

@@ -12,6 +12,7 @@ from page import intro, show_many, show_one, status, status_html, table, terms
 from picker import Items, chosen, picker_of
 from PIL import Image
 from serving import (
+    AT_ONCE,
     EXAMPLES,
     LIVE,
     SHARED,
@@ -204,9 +205,9 @@ def build() -> list[gr.components.Component]:
     trip = {"inputs": [image, kind, quality], "outputs": [slider, told, file]}
     gr.on([quality.input, kind.input, image.upload], round_trip, **trip, **LIVE, api_name="round_trip")
     changes = [quality.release, kind.change, image.change]
-    gr.on(changes, lambda: gr.update(visible=False), None, others, queue=False, **private)
-    picker.click(pick, None, [image, kind], queue=False, **private).then(round_trip, **trip, **SHARED, **private)
-    opening = compare.click(lambda: gr.update(visible=True), None, others, queue=False, **private)
+    gr.on(changes, lambda: gr.update(visible=False), None, others, **AT_ONCE, **private)
+    picker.click(pick, None, [image, kind], **AT_ONCE, **private).then(round_trip, **trip, **SHARED, **private)
+    opening = compare.click(lambda: gr.update(visible=True), None, others, **AT_ONCE, **private)
     shown = [gallery, figures, panel]
     opening.then(beside_others, trip["inputs"], shown, api_name="beside_others", **SHARED)
     return trip["outputs"]
