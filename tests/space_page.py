@@ -1,5 +1,6 @@
 """What a visitor does on the page of the Space, in the browser that playwright drives."""
 
+import contextlib
 import re
 
 import pytest
@@ -63,6 +64,19 @@ def redrawn(page, act) -> list[str]:
         return asked >= 0 && window.said.slice(asked).some(text => text.startsWith('Drawn'));
     }""")
     return page.evaluate("window.said")
+
+
+@contextlib.contextmanager
+def slow_network(page, latency: int):
+    """Inside, every request of the page takes so many milliseconds longer."""
+    session = page.context.new_cdp_session(page)
+    conditions = {"offline": False, "downloadThroughput": -1, "uploadThroughput": -1}
+    session.send("Network.emulateNetworkConditions", {**conditions, "latency": latency})
+    try:
+        yield
+    finally:
+        session.send("Network.emulateNetworkConditions", {**conditions, "latency": 0})
+        session.detach()
 
 
 def source(page, elem_id: str) -> str:

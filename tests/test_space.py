@@ -11,7 +11,21 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from space_page import SECONDS, TABS, changes, drawn, opened, redrawn, says, set_number, source, sync_api, tab, toast
+from space_page import (
+    SECONDS,
+    TABS,
+    changes,
+    drawn,
+    opened,
+    redrawn,
+    says,
+    set_number,
+    slow_network,
+    source,
+    sync_api,
+    tab,
+    toast,
+)
 
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
 if CHROMIUM is None:
@@ -29,7 +43,6 @@ SHOWN = {
     "A learned prior": "class-pictures", "Repair": "repaired", "Compare": "measured-pictures",
 }  # fmt: skip
 """Where a tab shows something as soon as it is opened."""
-SLOW = {"offline": False, "downloadThroughput": -1, "uploadThroughput": -1}
 expect = sync_api.expect
 
 
@@ -229,8 +242,6 @@ def test_of_quick_clicks_the_last_one_counts(page):
     tab(page, "Round trip")
     picker, line = page.locator("#trip-picker"), page.locator("#trip-status p")
 
-    network = page.context.new_cdp_session(page)
-
     def alone(label: str) -> str:
         picker.get_by_label(label).click()
         expect(line).to_contain_text("294,912" if label.startswith("Photo") else "12,288", timeout=SECONDS)
@@ -240,14 +251,13 @@ def test_of_quick_clicks_the_last_one_counts(page):
         alone("Emoji: owl")
         expected = alone(f"Photo: {last}")
         alone("Emoji: owl")
-        network.send("Network.emulateNetworkConditions", {**SLOW, "latency": 400})
-        picker.get_by_label(f"Photo: {first}").click()
-        page.wait_for_timeout(100)
-        picker.get_by_label(f"Photo: {last}").click()
-        expect(line).to_have_text(expected, timeout=SECONDS)
-        page.wait_for_timeout(1500)
+        with slow_network(page, 400):
+            picker.get_by_label(f"Photo: {first}").click()
+            page.wait_for_timeout(100)
+            picker.get_by_label(f"Photo: {last}").click()
+            expect(line).to_have_text(expected, timeout=SECONDS)
+            page.wait_for_timeout(1500)
         assert line.inner_text() == expected, "the earlier click came after the last one"
-        network.send("Network.emulateNetworkConditions", {**SLOW, "latency": 0})
 
 
 # Latent space
@@ -291,14 +301,12 @@ def test_the_plane_is_drawn_where_one_points(page):
     handle = page.locator("#plane-y input[type=range]")
     changes(page, "plane-digit", lambda: (handle.focus(), [handle.press("PageUp") for _ in range(3)]))
     box = plane.bounding_box()
-    network = page.context.new_cdp_session(page)
-    network.send("Network.emulateNetworkConditions", {**SLOW, "latency": 200})
-    page.mouse.move(box["x"] + 0.5 * side, box["y"] + 0.2 * side)
-    page.mouse.move(box["x"] + 0.9 * side, box["y"] + 0.1 * side, steps=30)  # faster than digits come
-    for name, value in (("x", r"14\.\d"), ("y", r"14\.\d")):
-        field = page.locator(f"#plane-{name}").get_by_role("spinbutton")
-        expect(field).to_have_value(re.compile(value), timeout=SECONDS)
-    network.send("Network.emulateNetworkConditions", {**SLOW, "latency": 0})
+    with slow_network(page, 200):
+        page.mouse.move(box["x"] + 0.5 * side, box["y"] + 0.2 * side)
+        page.mouse.move(box["x"] + 0.9 * side, box["y"] + 0.1 * side, steps=30)  # faster than digits come
+        for name in ("x", "y"):
+            field = page.locator(f"#plane-{name}").get_by_role("spinbutton")
+            expect(field).to_have_value(re.compile(r"14\.\d"), timeout=SECONDS)
     assert page.get_by_test_id("toast-text").count() == 0
 
 

@@ -36,9 +36,10 @@ SHARED = {"concurrency_id": "compute", "concurrency_limit": 2, "trigger_mode": "
 """Every event that computes waits in one queue; of a visitor's quick clicks the last one counts."""
 LIVE = {**SHARED, "show_progress": "hidden"}
 """An event that follows a control while it moves."""
-AT_ONCE = {"queue": False, "trigger_mode": "multiple"}
-"""An event that computes nothing. Gradio's other modes lose a click that comes while the one before is on its way, or
-what was clicked."""
+AT_ONCE = {"queue": False, "trigger_mode": "always_last"}
+"""An event that computes nothing. Gradio's default forgets one that comes while the one before is on its way."""
+PICKED = {**AT_ONCE, "trigger_mode": "multiple"}
+"""A click that says what was clicked: an event that waits would say what was clicked before it."""
 log = logging.getLogger("hf_ae.space")
 
 try:  # on the Hub; for text-to-image only: the rest takes no time on a CPU

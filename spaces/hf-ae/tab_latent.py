@@ -14,6 +14,7 @@ from PIL import Image
 from serving import (
     AT_ONCE,
     LIVE,
+    PICKED,
     SHARED,
     SHEETS,
     enlarge,
@@ -118,7 +119,7 @@ def build_walk() -> list[gr.components.Component]:
     private = {"api_visibility": "private"}
     gr.on([position.input, way.input, *(end.upload for end in ends)], walk, **walking, api_name="walk", **LIVE)
     for end, picker in zip(ends, pickers):
-        picker.click(pick_end, kind, end, **AT_ONCE, **private).then(walk, **walking, **SHARED, **private)
+        picker.click(pick_end, kind, end, **PICKED, **private).then(walk, **walking, **SHARED, **private)
     kind.input(change_kind, kind, [*ends, *pickers], **AT_ONCE, **private).then(walk, **walking, **SHARED, **private)
     return walking["outputs"]
 
@@ -188,7 +189,7 @@ def build_arithmetic() -> list[gr.components.Component]:
     private = {"api_visibility": "private"}
     summing = {"inputs": [a, b, c], "outputs": shown}
     gr.on([a.input, b.input, c.upload], arithmetic, **summing, api_name="arithmetic", **SHARED)
-    picker.click(pick_clothes, None, c, **AT_ONCE, **private).then(arithmetic, **summing, **SHARED, **private)
+    picker.click(pick_clothes, None, c, **PICKED, **private).then(arithmetic, **summing, **SHARED, **private)
     return [shown]
 
 
@@ -273,7 +274,7 @@ def build_numbers() -> list[gr.components.Component]:
     gr.on([slider.input for slider in sliders], draw_numbers, sliders, shown, api_name="draw_numbers", **LIVE)
     own.upload(numbers_of, own, [*sliders, shown], api_name="numbers_of", **SHARED)
     chosen = gr.State()
-    picking = picker.click(pick_clothes, None, chosen, **AT_ONCE, **private)
+    picking = picker.click(pick_clothes, None, chosen, **PICKED, **private)
     picking.then(numbers_of, chosen, [*sliders, shown], **SHARED, **private)
     return [*sliders, shown]
 

@@ -13,6 +13,7 @@ from serving import (
     AT_ONCE,
     EXAMPLES,
     LIVE,
+    PICKED,
     SHARED,
     available,
     enlarge,
@@ -164,7 +165,7 @@ def build() -> list[gr.components.Component]:
     repairing = {"inputs": [image, damage, level, seed], "outputs": [shown, told]}
     gr.on([level.input, seed.input, image.upload], repair, **repairing, api_name="repair", **LIVE)
     changing = damage.input(change_damage, [damage, image], [level, picker, image], **AT_ONCE, **private)
-    picking = picker.click(pick, damage, image, **AT_ONCE, **private)
+    picking = picker.click(pick, damage, image, **PICKED, **private)
     for event in (changing, picking):
         event.then(repair, **repairing, **SHARED, **private)
     return [*repairing["outputs"], level]

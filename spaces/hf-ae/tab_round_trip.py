@@ -15,6 +15,7 @@ from serving import (
     AT_ONCE,
     EXAMPLES,
     LIVE,
+    PICKED,
     SHARED,
     enlarge,
     friendly,
@@ -206,7 +207,7 @@ def build() -> list[gr.components.Component]:
     gr.on([quality.input, kind.input, image.upload], round_trip, **trip, **LIVE, api_name="round_trip")
     changes = [quality.release, kind.change, image.change]
     gr.on(changes, lambda: gr.update(visible=False), None, others, **AT_ONCE, **private)
-    picker.click(pick, None, [image, kind], **AT_ONCE, **private).then(round_trip, **trip, **SHARED, **private)
+    picker.click(pick, None, [image, kind], **PICKED, **private).then(round_trip, **trip, **SHARED, **private)
     opening = compare.click(lambda: gr.update(visible=True), None, others, **AT_ONCE, **private)
     shown = [gallery, figures, panel]
     opening.then(beside_others, trip["inputs"], shown, api_name="beside_others", **SHARED)
