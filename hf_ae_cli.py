@@ -145,6 +145,7 @@ def reconstruct(
     output: OutputFile = Path("reconstruction.png"),
 ) -> None:
     """Send image files through a model and draw them beside what comes back."""
+    from hf_ae.errors import user_input
     from hf_ae.evaluation.evaluate import reconstruct as reconstruct_images
     from hf_ae.loading import load_model
     from hf_ae.metrics import reconstruction_metrics
@@ -153,7 +154,9 @@ def reconstruct(
     check_image_path(output)
     loaded, processor = load_model(model)
     low, high = loaded.config.pixel_range
-    pixels = (processor.preprocess(images, return_tensors="pt").pixel_values - low) / (high - low)
+    with user_input():
+        values = processor.preprocess(images, return_tensors="pt").pixel_values
+    pixels = (values - low) / (high - low)
     rebuilt = reconstruct_images(loaded, pixels)
     labelled_rows({"original": pixels, "reconstruction": rebuilt}, output, cell=112)
     for path, x, r in zip(images, pixels, rebuilt):
@@ -227,6 +230,7 @@ def generate(
     """Draw an image from a prompt with a text-to-image pipeline."""
     check_image_path(output)
     from hf_ae.diffusion.drawing import draw_images, steps_sheet, whole_numbers
+    from hf_ae.errors import user_input
     from hf_ae.loading import load_pipeline
     from hf_ae.models.image_processing import open_image, to_mode
 
@@ -234,7 +238,8 @@ def generate(
         negative_prompt=negative_prompt, guidance_scale=guidance_scale, height=height, width=width
     )
     if image is not None:
-        options |= dict(image=to_mode(open_image(image), 3), strength=strength)
+        with user_input():
+            options |= dict(image=to_mode(open_image(image), 3), strength=strength)
     counts = None if steps_grid is None else whole_numbers(steps_grid)
     pipe = load_pipeline(model, scheduler)
     if counts:
@@ -290,7 +295,9 @@ def check_folder_of(path: Path) -> None:
 
 def check(condition: bool, message: str) -> None:
     if not condition:
-        raise ValueError(message)
+        from hf_ae.errors import UserError
+
+        raise UserError(message)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoImageProcessor, AutoModel
 from transformers.utils import logging
 
-from .errors import first_line, require
+from .errors import UserError, first_line, require
 from .models.image_processing import AutoencoderImageProcessor
 
 CHECKOUT = Path(__file__).resolve().parent.parent
@@ -34,9 +34,9 @@ def opening(what: str, name: str | Path) -> Iterator[None]:
     try:
         yield
     except SafetensorError as error:
-        raise ValueError(f"The {what} {name} is damaged: {first_line(error)}") from None
+        raise UserError(f"The {what} {name} is damaged: {first_line(error)}") from error
     except Exception as error:  # not there, offline, of another kind: each library has its own exceptions
-        raise ValueError(f"The {what} {name} cannot be loaded: {first_line(error)}") from None
+        raise UserError(f"The {what} {name} cannot be loaded: {first_line(error)}") from error
 
 
 def load_model(

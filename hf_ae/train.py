@@ -28,7 +28,7 @@ from hf_ae.data import (
     pick_split,
     to_pixel_values,
 )
-from hf_ae.errors import one_line_errors, require
+from hf_ae.errors import UserError, one_line_errors, require, user_input
 from hf_ae.hub.push import check_login, publish
 from hf_ae.loading import load_model
 from hf_ae.plots import labelled_rows
@@ -151,7 +151,8 @@ def make_model(args: ImageTrainingArguments) -> Any:
         known = {f.name: getattr(source.config, f.name) for f in dataclasses.fields(source.config) if f.init}
     set_seed(args.seed)
     cls: Any = hf_ae.MODELS[args.model_type] if source is None else type(source)
-    config = cls.config_class(**{**known, **parse_overrides(args.config_overrides)})
+    with user_input():
+        config = cls.config_class(**{**known, **parse_overrides(args.config_overrides)})
     square = config.image_hw[0] == config.image_hw[1]
     size = f"image_size={config.image_size} must be square: use random_flip"
     require(square or not args.random_symmetry, f"random_symmetry turns images by 90°, so {size}.")
@@ -161,7 +162,7 @@ def make_model(args: ImageTrainingArguments) -> Any:
             model.load_state_dict(source.state_dict())
         except RuntimeError as error:
             reason, name = str(error).strip().splitlines()[-1].strip(), args.pretrained_model
-            raise ValueError(f"config_overrides change the shape of the weights of {name}: {reason}") from None
+            raise UserError(f"config_overrides change the shape of the weights of {name}: {reason}") from error
     return model
 
 

@@ -32,7 +32,7 @@ from hf_ae.data import (
     row_batches,
     to_pixel_values,
 )
-from hf_ae.errors import one_line_errors, require
+from hf_ae.errors import one_line_errors, require, user_input
 from hf_ae.hub.push import check_login, publish
 from hf_ae.loading import load_model
 from hf_ae.models.modeling_code_prior import CodePrior
@@ -180,8 +180,9 @@ def add_prior(model: Any, args: PriorArguments, names: list[str]) -> None:
     config.prior_temperature, config.prior_guidance_scale = args.temperature, args.guidance_scale
     config.id2label = dict(enumerate(names))
     config.label2id = {name: index for index, name in enumerate(names)}
-    config.fill_defaults()
-    config.check()
+    with user_input():
+        config.fill_defaults()
+        config.check()
     set_seed(args.seed)
     model.prior = CodePrior(config)
 

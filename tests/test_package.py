@@ -1,5 +1,6 @@
 """What is shipped: the checkpoints, the wheel, the cost of importing."""
 
+import errno
 import json
 import resource
 import shutil
@@ -16,6 +17,7 @@ from shipped import MODELS, PIPELINES, ROOT, as_in_git
 from transformers import AutoImageProcessor, AutoModel
 
 import hf_ae
+from hf_ae.errors import UserError, one_line_errors, user_input
 from hf_ae.hub.push import check_folder, refresh
 
 WRITTEN = ("README.md", "config.json", "preprocessor_config.json", "model_index.json", "*/config.json")
@@ -105,3 +107,24 @@ def test_help_answers_at_once(words, seconds):
     lines = subprocess.run(command, env=env, capture_output=True, text=True, check=True).stderr.splitlines()
     imported = {line.rsplit("|", 1)[1].strip() for line in lines if line.startswith("import time:")}
     assert "typer" in imported and not imported & {"hf_ae", "torch", "transformers", "numpy", "PIL"}
+
+
+def test_what_a_user_can_mend_is_one_line_and_everything_else_keeps_its_traceback(capsys):
+    def end(error):
+        with one_line_errors():
+            raise error
+
+    for error in (UserError("no such\nfile"), FileNotFoundError(2, "No such file", "x"), OSError(errno.ENOSPC, "full")):
+        with pytest.raises(SystemExit) as stop:
+            end(error)
+        assert stop.value.code == 2 and len(capsys.readouterr().err.splitlines()) == 1
+    for error in (ValueError("of torch"), OSError(errno.EIO, "broken"), TypeError("ours")):
+        with pytest.raises(type(error)) as kept:
+            end(error)
+        assert kept.value is error
+
+
+def test_input_that_travelling_code_refuses_is_an_error_of_the_user_with_its_cause():
+    with pytest.raises(UserError, match="latent_dmi") as refused, user_input():
+        hf_ae.AutoencoderConfig(latent_dmi=3)
+    assert isinstance(refused.value.__cause__, ValueError)

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..errors import require
+from ..errors import require, user_input
 from ..loading import load_autoencoder
 from ..metrics import psnr
 from ..models.image_processing import open_image, to_mode
@@ -45,6 +45,8 @@ def compress(model: Any, image: Any, quality: float | None = None, model_id: str
     the model was loaded from; "" saves these bytes. Raises ValueError for images that the model cannot take, and for
     transparency.
     """
+    good = quality is None or 0 <= quality <= 1
+    require(good, f"quality={quality} must lie between 0 (smallest files) and 1 (best images).")
     image = prepare_image(image, num_channels(model))
     pixels = torch.from_numpy(np.array(image if num_channels(model) == 1 else image.convert("RGB")))
     pixels = pixels.view(1, *pixels.shape[:2], -1).permute(0, 3, 1, 2)
@@ -112,7 +114,8 @@ def fingerprint(model: Any) -> bytes:
 
 def prepare_image(image: Any, channels: int) -> Image.Image:
     """Any image -> a PIL image of mode L or RGB that a model of so many channels can code. Raises ValueError."""
-    image = open_image(image)
+    with user_input():
+        image = open_image(image)
     opaque = not image.has_transparency_data or image.convert("RGBA").getchannel("A").getextrema() == (255, 255)
     wrong = "The image is transparent, and this format keeps no transparency"
     advice = "PIL.Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)"

@@ -20,7 +20,7 @@ from __future__ import annotations
 import zlib
 from dataclasses import dataclass, field
 
-from ..errors import require
+from ..errors import UserError, require
 
 MAGIC = b"\xaeh"
 VERSION = 1
@@ -31,7 +31,7 @@ MAX_PIXELS = 2**26
 FINGERPRINT_BYTES = 3
 
 
-class CorruptFileError(ValueError):
+class CorruptFileError(UserError):
     """A compressed file that is damaged, of another version, or of another model."""
 
 
@@ -86,8 +86,8 @@ def unpack(data: bytes, max_pixels: int = MAX_PIXELS) -> File:
         name = reader.take(reader.take(1)[0])
     try:
         model_id = name.decode()
-    except UnicodeDecodeError:
-        raise CorruptFileError("The model's id in the file is not UTF-8.") from None
+    except UnicodeDecodeError as error:
+        raise CorruptFileError("The model's id in the file is not UTF-8.") from error
     return File(METHODS[kind & 7], MODES[kind >> 4 & 1], width, height, fingerprint, model_id, reader.rest())
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import require
+from ..errors import UserError, require
 from .container import CorruptFileError
 
 ZERO_TAIL = 7
@@ -109,7 +109,7 @@ class SymbolDecoder:
                     values[beyond] = self._escaped(int(beyond.sum()), -tables.first[t])
                 symbols[where] = values
         except (AssertionError, ValueError) as error:
-            raise CorruptFileError(f"The file is damaged: its symbols cannot be decoded ({error}).") from None
+            raise CorruptFileError(f"The file is damaged: its symbols cannot be decoded ({error}).") from error
         return symbols
 
     def _take(self, count: int, model: Any) -> np.ndarray:
@@ -144,6 +144,6 @@ def constriction_stream() -> Any:
     """The library of entropy coders. It is imported where it is used."""
     try:
         from constriction import stream
-    except ModuleNotFoundError:
-        raise ValueError("Compression needs constriction: pip install 'hf_ae[codec]'") from None
+    except ModuleNotFoundError as error:
+        raise UserError("Compression needs constriction: pip install 'hf_ae[codec]'") from error
     return stream

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import require
 from ..models.entropy_models import QUALITY_LEVELS, SCALES
 from .container import CorruptFileError, File, Reader, expect
 from .entropy_coder import SymbolDecoder, SymbolEncoder
@@ -23,9 +22,8 @@ from .tiles import check_size, decode_tiles, encode_latents, latent_channels, st
 
 
 def write(model: Any, pixels: Tensor, quality: float | None) -> bytes:
-    """The latents of an image (uint8), at a quality of 0 to 1 (default ½). Raises ValueError."""
+    """The latents of an image (uint8), at a quality of 0 to 1 (default ½)."""
     quality = 0.5 if quality is None else quality
-    require(0 <= quality <= 1, f"quality={quality} must lie between 0 (smallest files) and 1 (best images).")
     level, latents = round(quality * QUALITY_LEVELS), encode_latents(model, pixels)
     values = latents[0].flatten(1) if latents.ndim == 4 else latents  # (groups, values)
     moments = torch.stack([values.mean(1), values.std(1, correction=0).clamp(1e-4, 6e4)], 1).numpy().astype("<f2")

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..errors import require
+from ..errors import UserError, require
 from ..models.image_processing import MODES, AutoencoderImageProcessor, fit_array
 
 
-class BrokenImageError(ValueError):
+class BrokenImageError(UserError):
     """An image of the dataset that cannot be read."""
 
 
@@ -47,7 +47,7 @@ class Decoder:
             raise BrokenImageError(
                 f"Row {index} of the dataset{file} is no readable image: {error.args[0] if error.args else error} "
                 "(hf_ae.train leaves such rows out with --skip_broken_images)"
-            ) from None
+            ) from error
 
     def _decode(self, value: Any) -> np.ndarray:
         if isinstance(value, dict):

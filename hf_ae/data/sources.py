@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..errors import first_line, require
+from ..errors import UserError, first_line, require
 
 HELD_OUT = ("test", "validation", "valid", "val", "eval")
 """Names of the split that models are measured on, where none is asked for."""
@@ -31,7 +31,7 @@ def open_dataset(name: str, config_name: str | None = None, streaming: bool = Fa
     try:
         return datasets.load_dataset(place, config_name, streaming=streaming)
     except (OSError, RuntimeError, datasets.exceptions.DatasetsError, HfHubHTTPError, ValueError) as error:
-        raise ValueError(f"The dataset {name!r} cannot be opened: {first_line(error)}") from None
+        raise UserError(f"The dataset {name!r} cannot be opened: {first_line(error)}") from error
 
 
 def pick_split(splits: Splits, name: str) -> Any:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import require
+from ..errors import UserError, require
 from ..models.image_processing import AutoencoderImageProcessor
 from .images import Decoder, undecoded
 
@@ -51,7 +51,7 @@ class ImageStream:
         image = self.decode(row)
         self.last = self.last if image is None else image
         if self.last is None:
-            raise ValueError("The first image of the stream cannot be read.")
+            raise UserError("The first image of the stream cannot be read.")
         return self.last
 
 

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
+from ..errors import UserError
 from .text_encoders import text_states
 
 PREDICTIONS = ("v_prediction", "epsilon")
@@ -112,7 +113,7 @@ def make_unet(channels: int, size: tuple[int, int], text_width: int, overrides: 
     try:
         return UNet2DConditionModel(**fields)
     except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"unet_overrides do not make a UNet2DConditionModel: {error}") from None
+        raise UserError(f"unet_overrides do not make a UNet2DConditionModel: {error}") from error
 
 
 def make_scheduler(prediction_type: str, beta_schedule: str, zero_terminal_snr: bool) -> Any:

@@ -6,6 +6,7 @@ from typing import Any
 
 from PIL import Image
 
+from ..errors import UserError, user_input
 from ..plots import image_grid, labelled_rows
 
 
@@ -13,13 +14,15 @@ def whole_numbers(text: str) -> list[int]:
     """`"10,15,20"` -> [10, 15, 20]. Raises ValueError."""
     try:
         return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise ValueError(f"steps-grid {text!r} must be whole numbers with commas between, such as 10,20,40.") from None
+    except ValueError as error:
+        raise UserError(f"steps-grid {text!r} must be whole numbers with commas between, such as 10,20,40.") from error
 
 
 def draw(pipe: Any, prompt: str, steps: int | None, seed: int, count: int, options: dict[str, Any]) -> Any:
     """The pipeline's output, `count` images (count, channels, height, width) in 0…1 with the seeds from `seed` on."""
-    return pipe(prompt, seed=seed, num_inference_steps=steps, num_images_per_prompt=count, output_type="pt", **options)
+    options = dict(num_inference_steps=steps, num_images_per_prompt=count, output_type="pt", **options)
+    with user_input():
+        return pipe(prompt, seed=seed, **options)
 
 
 def log_caption(prompt: str, output: Any) -> None:

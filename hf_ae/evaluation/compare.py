@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..data import ImagesInMemory, evaluation_split, image_column, open_dataset, pick_split
-from ..errors import require
+from ..errors import UserError, require
 from ..loading import load_model, load_pipeline, pipeline_image_processor
 from ..metrics import reconstruction_metrics
 from ..plots import labelled_rows
@@ -103,7 +103,7 @@ def measure(
         else:
             generator = pipeline_generator(model, captions)
         found, images["sampled"] = measure_generation(generator, real, train, network)
-    except ValueError as error:
+    except UserError as error:
         return {**row, "note": str(error)}, images
     return {**row, **found, "ms_per_sample": 1000 * found["seconds_per_image"]}, images
 

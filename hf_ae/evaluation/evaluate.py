@@ -26,7 +26,7 @@ from ..data import (
     read_labels,
     to_pixel_values,
 )
-from ..errors import require
+from ..errors import UserError, require
 from ..hub.cards import write_card
 from ..hub.files import read_json
 from ..loading import load_model, load_pipeline, pipeline_image_processor
@@ -122,7 +122,7 @@ class Data:
         """Indices of the classes of a split; None where that column is not there or holds no classes."""
         try:
             return read_labels(self.splits, split, column)[0]
-        except ValueError:
+        except UserError:
             return None
 
 

@@ -6,15 +6,17 @@ import json
 from pathlib import Path
 from typing import Any
 
+from ..errors import UserError
+
 
 def read_json(path: Path) -> dict[str, Any]:
     """The file's content, {} where there is none. Raises ValueError where it is broken."""
     try:
         content = json.loads(path.read_text()) if path.is_file() else {}
     except ValueError as error:
-        raise ValueError(f"{path} is no valid JSON: {error}") from None
+        raise UserError(f"{path} is no valid JSON: {error}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path} is no JSON object.")
+        raise UserError(f"{path} is no JSON object.")
     return content
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from huggingface_hub import HfApi
 
-from ..errors import first_line, require
+from ..errors import UserError, first_line, require
 from ..training.arguments import TrainingArguments, write_recipe
 from ..training.output_folder import end_run
 from .cards import front_matter, write_card
@@ -91,7 +91,7 @@ def check_space(folder: Path) -> list[str]:
         try:
             compile((folder / name).read_text(), name, "exec")
         except SyntaxError as error:
-            raise ValueError(f"{folder / name} is no Python: {error}") from None
+            raise UserError(f"{folder / name} is no Python: {error}") from error
     return files
 
 
@@ -135,7 +135,7 @@ def check_loads(folder: Path, library: str, class_name: str) -> None:
         is_model = cls is AutoModel or issubclass(cls, torch.nn.Module)
         loaded = cls.from_pretrained(folder, **({"output_loading_info": True} if is_model else {}))
     except Exception as error:
-        raise ValueError(f"The model in {folder} does not load: {first_line(error)}") from None
+        raise UserError(f"The model in {folder} does not load: {first_line(error)}") from error
     info = loaded[1] if is_model else {}
     kinds = [kind for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") if info.get(kind)]
     problems = [f"{kind.replace('_', ' ')} {sorted(map(str, info[kind]))[0]}" for kind in kinds]
@@ -161,7 +161,7 @@ def push_folder(folder: str | Path, repo: str, private: bool = False, dry_run: b
             folder_path=folder, repo_id=repo, repo_type=kind, allow_patterns=files, commit_message=message
         )
     except Exception as error:  # refused, offline, or no such host: each client library has its own exceptions
-        raise ValueError(f"Nothing was uploaded to {repo}; {folder} is as it was: {first_line(error)}") from None
+        raise UserError(f"Nothing was uploaded to {repo}; {folder} is as it was: {first_line(error)}") from error
     return f"{api.endpoint}/{prefix}{repo}"
 
 
@@ -180,4 +180,4 @@ def check_login() -> None:
     try:
         HfApi().whoami()
     except Exception as error:
-        raise ValueError(f"push_to_hub needs a login (hf auth login) and the Hub: {first_line(error)}") from None
+        raise UserError(f"push_to_hub needs a login (hf auth login) and the Hub: {first_line(error)}") from error

@@ -24,7 +24,7 @@ from ..data import (
     to_pixel_values,
 )
 from ..data import image_column as find_image_column
-from ..errors import first_line, require
+from ..errors import UserError, first_line, require
 from ..loading import load_model
 
 KINDS = ("prior", "gaussian", "mixture")
@@ -68,7 +68,7 @@ class Sampler:
 
     def _known_classes(self, labels: Tensor) -> Tensor:
         if self.classes is None:
-            raise ValueError("This sampler knows no classes: fit it with --label_column, or leave the labels out.")
+            raise UserError("This sampler knows no classes: fit it with --label_column, or leave the labels out.")
         known = sorted(set(self.classes.tolist()))
         unknown = set(labels.tolist()) - set(known)
         require(not unknown, f"This sampler has no class {min(unknown, default='')}: it has {known}.")
@@ -90,7 +90,7 @@ class Sampler:
         advice = "make one with hf-ae fit-sampler"
         path = sampler_file(name)
         if path is None:
-            raise ValueError(f"{name} has no sampler ({FILE}): {advice}.")
+            raise UserError(f"{name} has no sampler ({FILE}): {advice}.")
         try:
             tensors = load_file(path)
             with safe_open(path, "pt") as file:
@@ -98,7 +98,7 @@ class Sampler:
             shape = [int(size) for size in notes["code_shape"].split(",")]
             return prior(shape) if notes["kind"] == "prior" else cls(notes["kind"], **tensors, latent_shape=shape)
         except Exception as error:  # damaged: what is wrong shows in many ways
-            raise ValueError(f"The sampler of {name} cannot be read ({first_line(error)}): {advice}.") from None
+            raise UserError(f"The sampler of {name} cannot be read ({first_line(error)}): {advice}.") from error
 
 
 def sampler_file(name: str | Path) -> Path | None:
@@ -120,7 +120,7 @@ def sampler_file(name: str | Path) -> Path | None:
     except LocalEntryNotFoundError as error:
         if constants.HF_HUB_OFFLINE:
             return None
-        raise ValueError(f"The Hub cannot be asked for the sampler of {name}: {first_line(error)}") from None
+        raise UserError(f"The Hub cannot be asked for the sampler of {name}: {first_line(error)}") from error
     except (EntryNotFoundError, HFValidationError, RepositoryNotFoundError):
         return None
 

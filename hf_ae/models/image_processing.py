@@ -86,8 +86,8 @@ class AutoencoderImageProcessor(PilBackend):
             return size, size
         try:
             return size["height"], size["width"]
-        except (KeyError, TypeError):
-            raise ValueError(f"size={size!r} must be one number, or {{'height': …, 'width': …}}.") from None
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"size={size!r} must be one number, or {{'height': …, 'width': …}}.") from error
 
     def to_array(self, image: Any, target: tuple[int, int] | None) -> NDArray[Any]:
         """One image -> (num_channels, height, width): uint8 from an 8-bit image, float32 in 0…1 from other arrays."""
@@ -132,12 +132,12 @@ def open_image(image: Any) -> Image.Image:
             raise ValueError(f"{type(image).__name__} is not an image: give {known}.")
         image.load()
         return ImageOps.exif_transpose(image)
-    except FileNotFoundError:
-        raise ValueError(f"{name} does not exist.") from None
-    except UnidentifiedImageError:
-        raise ValueError(f"{name} is no image file that Pillow can read.") from None
+    except FileNotFoundError as error:
+        raise ValueError(f"{name} does not exist.") from error
+    except UnidentifiedImageError as error:
+        raise ValueError(f"{name} is no image file that Pillow can read.") from error
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{name} cannot be read: {error}") from None
+        raise ValueError(f"{name} cannot be read: {error}") from error
 
 
 def to_mode(image: Image.Image, num_channels: int) -> Image.Image:

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import yaml
 from transformers import HfArgumentParser
 
-from ..errors import require
+from ..errors import UserError, require
 
 Arguments = TypeVar("Arguments")
 SCHEDULES = (
@@ -106,7 +106,7 @@ def parse_arguments(cls: type[Arguments], argv: list[str]) -> Arguments:
 
     class Parser(HfArgumentParser):
         def error(self, message: str) -> Any:
-            raise ValueError(f"{message[0].upper()}{message[1:]}. See --help.")
+            raise UserError(f"{message[0].upper()}{message[1:]}. See --help.")
 
         def add_argument(self, *names: str, accepted: object = None, least: object = None, **options: Any) -> Any:
             return super().add_argument(*names, **options)  # the dataclass checks the others
@@ -130,7 +130,7 @@ def read_recipe(path: Path, known: set[str]) -> dict[str, Any]:
     try:
         recipe = yaml.safe_load(path.read_text()) or {}
     except yaml.YAMLError as error:
-        raise ValueError(f"The recipe {path} is not valid YAML: {error}") from None
+        raise UserError(f"The recipe {path} is not valid YAML: {error}") from error
     unknown = sorted(set(recipe) - known) if isinstance(recipe, dict) else ["no keys"]
     require(not unknown, f"The recipe {path} holds keys that are no flags: {', '.join(unknown)}. See --help.")
     return recipe

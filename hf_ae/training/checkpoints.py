@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..errors import require
+from ..errors import UserError, require
 from .output_folder import checkpoints
 from .run import Run
 
@@ -80,7 +80,7 @@ def load_checkpoint(run: Run, path: Path) -> None:
         config = json.loads((path / "config.json").read_text())
         weights = load_file(path / "model.safetensors")
     except Exception as error:
-        raise ValueError(f"The checkpoint {path} is damaged: {error}") from None
+        raise UserError(f"The checkpoint {path} is damaged: {error}") from error
     check_fits(run, path, state, config, len(tensors.get("random", ())))
     run.bare_model.load_state_dict(weights)
     unpack_state(run, state, tensors)

@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from ..errors import require
+from ..errors import UserError, require
 
 RUN_MARK = ".hf_ae_run"
 """A file that says that a folder holds an unfinished run."""
@@ -53,7 +53,7 @@ def check_output_dir(folder: Path, overwrite: bool, resume: bool) -> None:
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise ValueError(f"The output folder {folder} cannot be written: {error.strerror}.") from None
+        raise UserError(f"The output folder {folder} cannot be written: {error.strerror}.") from error
 
 
 def is_run(folder: Path) -> bool:

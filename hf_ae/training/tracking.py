@@ -18,12 +18,12 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
-from ..errors import require
+from ..errors import UserError, require
 from .arguments import TrainingArguments
 from .output_folder import checkpoints
 
 
-class NonFiniteLossError(ValueError):
+class NonFiniteLossError(UserError):
     """The loss became NaN or infinite."""
 
 
