@@ -114,7 +114,7 @@ def test_what_a_user_can_mend_is_one_line_and_everything_else_keeps_its_tracebac
         with one_line_errors():
             raise error
 
-    for error in (UserError("no such\nfile"), FileNotFoundError(2, "No such file", "x"), OSError(errno.ENOSPC, "full")):
+    for error in (UserError("no such\nfile"), FileNotFoundError(2, "not there", "x"), OSError(errno.ENOSPC, "full")):
         with pytest.raises(SystemExit) as stop:
             end(error)
         assert stop.value.code == 2 and len(capsys.readouterr().err.splitlines()) == 1

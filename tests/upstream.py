@@ -1,7 +1,7 @@
-"""Test suites of other projects, of the installed versions: fetched once into a folder that git ignores, never copied.
+"""Test suites of other projects, of the installed versions: fetched once into a folder that git ignores.
 
-transformers' tests come in its source distribution. Those of diffusers only in its repository: `DIFFUSERS_SOURCE` names
-a checkout where github.com cannot be reached.
+transformers' tests come in its source distribution, those of diffusers in its repository only: `DIFFUSERS_SOURCE`
+names a checkout where github.com cannot be reached.
 """
 
 from __future__ import annotations
