@@ -6,11 +6,11 @@ names a checkout where github.com cannot be reached.
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import subprocess
 import sys
 import tarfile
+import types
 from importlib.metadata import version
 from pathlib import Path
 
@@ -58,8 +58,6 @@ def excluded(suite: type, exclusions: dict[str, str]) -> type:
 
 def as_package(name: str, folder: Path) -> None:
     """Make the tests in `folder` importable as the package `name`, since every project calls its own `tests`."""
-    options = {"submodule_search_locations": [str(folder)]}
-    spec = importlib.util.spec_from_file_location(name, folder / "__init__.py", **options)
-    assert spec is not None and spec.loader is not None
-    sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(sys.modules[name])
+    package = types.ModuleType(name)
+    package.__path__ = [str(folder)]
+    sys.modules[name] = package
