@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -12,6 +12,15 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {
     "sigmoid": nn.Sigmoid, "relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU, "identity": nn.Identity,
 }  # fmt: skip
 """The layer of each name that `activation` and `latent_activation` of a configuration may have."""
+
+
+def run_layers(layers: Iterable[nn.Module], x: Tensor, hidden_states: list[Tensor] | None = None) -> Tensor:
+    """`x` through one layer after the other; what each gives is added to `hidden_states`, where that is a list."""
+    for layer in layers:
+        x = layer(x)
+        if hidden_states is not None:
+            hidden_states.append(x)
+    return x
 
 
 def group_norm(channels: int) -> nn.GroupNorm:

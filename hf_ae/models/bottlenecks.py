@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -24,20 +25,44 @@ class DiagonalGaussian:
         """Standard deviations, like the means."""
         return torch.exp(0.5 * self.logvar)
 
-    def sample(self, generator: torch.Generator | None = None) -> Tensor:
-        """mean + std·ε with ε ~ N(0, 1): the reparameterization that lets gradients through."""
+    @property
+    def var(self) -> Tensor:
+        """Variances, like the means."""
+        return torch.exp(self.logvar)
+
+    def sample(self, generator: torch.Generator | list[torch.Generator] | None = None) -> Tensor:
+        """mean + std·ε with ε ~ N(0, 1): the reparameterization that lets gradients through. With a list of
+        generators, one for each image."""
+        if isinstance(generator, list):
+            if len(generator) != len(self.mean):
+                raise ValueError(f"{len(generator)} generators for {len(self.mean)} images: pass one for each.")
+            noise = torch.cat([self._noise(self.mean[:1].shape, one) for one in generator])
+        else:
+            noise = self._noise(self.mean.shape, generator)
+        return self.mean + self.std * noise
+
+    def _noise(self, shape: torch.Size, generator: torch.Generator | None) -> Tensor:
         device = generator.device if generator is not None else self.mean.device
-        noise = torch.randn(self.mean.shape, generator=generator, device=device, dtype=self.mean.dtype)
-        return self.mean + self.std * noise.to(self.mean.device)
+        noise = torch.randn(shape, generator=generator, device=device, dtype=self.mean.dtype)
+        return noise.to(self.mean.device)
 
     def mode(self) -> Tensor:
         """The most probable latents, which are the mean."""
         return self.mean
 
-    def kl(self) -> Tensor:
-        """KL(q ‖ N(0, 1)) in nats, summed over the latents: (batch,). Appendix B of Kingma and Welling."""
+    def kl(self, other: DiagonalGaussian | None = None) -> Tensor:
+        """KL(q ‖ N(0, 1)), or KL(q ‖ other), in nats, summed over the latents: (batch,). Appendix B of Kingma and
+        Welling."""
         mean, logvar = self.mean.float(), self.logvar.float()
+        if other is not None:
+            scale = torch.exp(-0.5 * other.logvar.float())
+            mean, logvar = (mean - other.mean.float()) * scale, logvar - other.logvar.float()
         return 0.5 * (mean.square() + logvar.exp() - 1.0 - logvar).flatten(1).sum(1)
+
+    def nll(self, sample: Tensor, dims: Sequence[int] | None = None) -> Tensor:
+        """-log q(sample) in nats, summed over `dims` (default: all but the batch, so (batch,)), as in diffusers."""
+        terms = -self.log_prob(sample)
+        return terms.sum(dim=list(range(1, terms.ndim)) if dims is None else list(dims))
 
     def log_prob(self, z: Tensor) -> Tensor:
         """log q(z) in nats of each value of `z`, in the shape that `z` and the mean broadcast to."""

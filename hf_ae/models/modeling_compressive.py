@@ -12,7 +12,15 @@ from torch.nn import functional as F
 
 from .configuration_compressive import CompressiveAutoencoderConfig
 from .entropy_models import QUALITY_ANCHORS, QUALITY_LEVELS, Hyperprior, QualityTable, Quantized
-from .modeling_autoencoder import ALWAYS_GIVEN, AutoencoderModel, AutoencoderOutput, EncoderOutput, with_offload_hook
+from .modeling_autoencoder import (
+    ALWAYS_GIVEN,
+    AutoencoderModel,
+    AutoencoderOutput,
+    EncoderOutput,
+    check_unused,
+    pooled,
+    with_offload_hook,
+)
 
 MS_SSIM_WEIGHT = 1000
 """What `mse+ms_ssim` weighs 1 - MS-SSIM with, beside 255² × mean squared error: about half as much as would make them
@@ -75,35 +83,36 @@ class CompressiveAutoencoderModel(AutoencoderModel):
 
     @with_offload_hook
     def encode(
-        self, pixel_values: Tensor, return_dict: bool = True, quality: float | Tensor | None = None
-    ) -> CompressiveEncoderOutput | tuple[Any, ...]:
+        self, pixel_values: Tensor, return_dict: bool | None = None, output_hidden_states: bool | None = None,
+        quality: float | Tensor | None = None,
+    ) -> CompressiveEncoderOutput | tuple[Any, ...]:  # fmt: skip
         """pixel_values -> `.latents` and what the codec writes. `quality`: 0…1, for all or (batch,); see the
         configuration."""
         self._check_pixels(pixel_values)
-        encoded = self._encode(pixel_values.to(self.dtype), quality)
-        return encoded if return_dict else encoded.to_tuple()
+        hidden_states = self._hidden_states(output_hidden_states)
+        encoded = self._encode(pixel_values.to(self.dtype), hidden_states, quality=quality)
+        return encoded if self._as_dict(return_dict) else encoded.to_tuple()
 
     def forward(
-        self, pixel_values: Tensor, return_dict: bool = True, quality: float | Tensor | None = None
-    ) -> AutoencoderOutput | tuple[Any, ...]:
+        self, pixel_values: Tensor, return_dict: bool | None = None, output_hidden_states: bool | None = None,
+        return_loss: bool = True, *, quality: float | Tensor | None = None, **unused: Any,
+    ) -> AutoencoderOutput | tuple[Any, ...]:  # fmt: skip
         """pixel_values -> reconstruction, latents and the loss: rates in bits per pixel, λ·distortion."""
+        check_unused(unused)
         self._check_pixels(pixel_values)
-        pixel_values = pixel_values.to(self.dtype)
-        encoded = self._encode(pixel_values, quality)
-        rows, columns = pixel_values.shape[2:]
-        logits = self._decode(encoded.latents)[..., :rows, :columns]
-        reconstruction = self._to_pixels(logits.float())
-        lambdas = self.lambda_of(encoded.level)
+        hidden_states = self._hidden_states(output_hidden_states)
+        output = self._run(pixel_values, pixel_values, return_loss, hidden_states, quality=quality)
+        return output if self._as_dict(return_dict) else output.to_tuple()
+
+    def loss_terms(self, encoded: Any, logits: Tensor, reconstruction: Tensor, target: Tensor) -> dict[str, Tensor]:
+        lambdas, size = self.lambda_of(encoded.level), target.shape[2] * target.shape[3]
         weight = (math.sqrt(math.prod(self.config.lambda_range)) / lambdas).sqrt()
-        distortion = self.distortion(reconstruction, pixel_values.float())
-        losses = {
+        distortion = self.distortion(reconstruction, target)
+        return {
             "reconstruction": (weight * lambdas * distortion).mean(),
-            "latent_rate": (weight * encoded.bits).mean() / (rows * columns),
-            "hyper_rate": (weight * encoded.hyper_bits).mean() / (rows * columns),
+            "latent_rate": (weight * encoded.bits).mean() / size,
+            "hyper_rate": (weight * encoded.hyper_bits).mean() / size,
         }
-        loss = torch.stack([*losses.values()]).sum()
-        output = AutoencoderOutput(loss, losses, reconstruction.to(logits.dtype), encoded.latents)
-        return output if return_dict else output.to_tuple()
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """As every model; the tables of the entropy coder are brought up to date first."""
@@ -142,14 +151,14 @@ class CompressiveAutoencoderModel(AutoencoderModel):
 
     # The codec's view
 
-    def analyse(self, pixel_values: Tensor) -> Tensor:
+    def analyse(self, pixel_values: Tensor, hidden_states: list[Tensor] | None = None) -> Tensor:
         """pixel_values, padded to whole positions -> the latents before quantization, float32."""
         low, high = self.config.pixel_range
         rows, columns = pixel_values.shape[2:]
         stride = self.config.downsampling
         padding = (0, -columns % stride, 0, -rows % stride)
         x = F.pad((pixel_values - low) / (high - low) - 0.5, padding, mode="replicate")
-        return self.encoder(x.to(self.dtype))[0].float()
+        return self._encoder_output(x.to(self.dtype), hidden_states)[0].float()
 
     def update_tables(self) -> None:
         """Bring the tables of the entropy coder up to date with trained weights. Loaded models keep the tables they
@@ -168,14 +177,20 @@ class CompressiveAutoencoderModel(AutoencoderModel):
 
     # Internals
 
-    def _encode(self, pixel_values: Tensor, quality: float | Tensor | None = None) -> CompressiveEncoderOutput:
+    def _encode(
+        self, pixel_values: Tensor, hidden_states: list[Tensor] | None = None,
+        quality: float | Tensor | None = None, **how: Any,
+    ) -> CompressiveEncoderOutput:  # fmt: skip
         if self.training:
             self.tables_are_stale = True
-        unquantized = self.analyse(pixel_values)
+        unquantized = self.analyse(pixel_values, hidden_states)
         level = self.levels(quality, len(unquantized))
         written = self.quantize(unquantized, level)._asdict()
         latents = self.to_latents(written.pop("values"), level).to(self.dtype)
-        return CompressiveEncoderOutput(latents=latents, level=level, **written)
+        encoded = CompressiveEncoderOutput(latents=latents, level=level, pooler_output=pooled(latents), **written)
+        if hidden_states is not None:
+            encoded.hidden_states = tuple(hidden_states)
+        return encoded
 
     def _to_pixels(self, logits: Tensor) -> Tensor:
         low, high = self.config.pixel_range

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from .configuration_regularized import (
     ContractiveAutoencoderConfig,
@@ -13,7 +14,7 @@ from .configuration_regularized import (
     SparseAutoencoderConfig,
 )
 from .corruptions import corrupt
-from .modeling_autoencoder import AutoencoderModel, AutoencoderOutput, EncoderOutput
+from .modeling_autoencoder import AutoencoderModel, AutoencoderOutput, EncoderOutput, check_unused
 
 
 class SparseAutoencoderModel(AutoencoderModel):
@@ -59,13 +60,15 @@ class DenoisingAutoencoderModel(SparseAutoencoderModel):
     can_denoise = True
 
     def forward(
-        self, pixel_values: Tensor, return_dict: bool = True, corrupt: bool | None = None
-    ) -> AutoencoderOutput | tuple[Any, ...]:
+        self, pixel_values: Tensor, return_dict: bool | None = None, output_hidden_states: bool | None = None,
+        return_loss: bool = True, *, corrupt: bool | None = None, **unused: Any,
+    ) -> AutoencoderOutput | tuple[Any, ...]:  # fmt: skip
         """pixel_values -> reconstruction; the loss is against `pixel_values` as given, before the damage."""
+        check_unused(unused)
         self._check_pixels(pixel_values)
-        damage = self.training if corrupt is None else corrupt
-        output = self._run(pixel_values, self.corrupt(pixel_values) if damage else pixel_values)
-        return output if return_dict else output.to_tuple()
+        seen = self.corrupt(pixel_values) if (self.training if corrupt is None else corrupt) else pixel_values
+        output = self._run(pixel_values, seen, return_loss, self._hidden_states(output_hidden_states))
+        return output if self._as_dict(return_dict) else output.to_tuple()
 
     def corrupt(self, pixel_values: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """`pixel_values` with the configured damage."""
@@ -87,6 +90,13 @@ class ContractiveAutoencoderModel(AutoencoderModel):
     def is_regularized(self) -> bool:
         return self.config.contraction_weight > 0
 
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
+    ) -> None:
+        """As every model, but never reentrant: the penalty differentiates twice."""
+        asked = {**(gradient_checkpointing_kwargs or {}), "use_reentrant": False}
+        super().gradient_checkpointing_enable(asked, **options)
+
     def penalties(self, pixel_values: Tensor, encoded: EncoderOutput) -> dict[str, Tensor]:
         return {"contraction": self.config.contraction_weight * self.jacobian_norm(pixel_values).mean()}
 
@@ -107,7 +117,7 @@ class ContractiveAutoencoderModel(AutoencoderModel):
         """Σ_j σ'(a_j)²·‖W_j‖², with σ the activation of the latents."""
         linear: Any = self.encoder.to_code
         with torch.enable_grad():
-            before = linear(pixel_values.flatten(1)).float()
+            before = F.linear(pixel_values.flatten(1), linear.weight, linear.bias).float()
             if self.config.latent_activation == "sigmoid":
                 slope = before.sigmoid() * (1 - before.sigmoid())
             elif self.config.latent_activation == "relu":

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .bottlenecks import DiagonalGaussian, total_correlation_terms
 from .configuration_vae import BetaVAEConfig, VAEConfig
-from .modeling_autoencoder import AutoencoderModel, EncoderOutput, with_offload_hook
+from .modeling_autoencoder import AutoencoderModel, AutoencoderOutput, EncoderOutput, check_unused
 from .tiling import tiled
 
 
@@ -56,13 +56,37 @@ class VAEModel(AutoencoderModel):
     def kl_weight_field(self) -> str | None:
         return "kl_weight"
 
-    def bottleneck(self, encoder_output: Tensor) -> EncoderOutput:
+    def bottleneck(
+        self, encoder_output: Tensor, sample_posterior: bool | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+    ) -> EncoderOutput:  # fmt: skip
         posterior = DiagonalGaussian(encoder_output)
-        latents = posterior.sample() if self.training else posterior.mode()
-        return EncoderOutput(latents=latents, latent_dist=posterior)
+        draw = self.training if sample_posterior is None else sample_posterior
+        return EncoderOutput(latents=posterior.sample(generator) if draw else posterior.mode(), latent_dist=posterior)
 
     def penalties(self, pixel_values: Tensor, encoded: Any) -> dict[str, Tensor]:
         return {"kl": self.config.kl_weight * encoded.latent_dist.kl().mean()}
+
+    def forward(
+        self, pixel_values: Tensor | None = None, return_dict: bool | None = None,
+        output_hidden_states: bool | None = None, return_loss: bool = True, *, sample: Tensor | None = None,
+        sample_posterior: bool | None = None, generator: torch.Generator | list[torch.Generator] | None = None,
+        **unused: Any,
+    ) -> AutoencoderOutput | tuple[Any, ...]:  # fmt: skip
+        """pixel_values, also called `sample` -> reconstruction, latents and the loss against `pixel_values`.
+
+        `sample_posterior`: decode a draw from the posterior, of `generator` or one for each image, and not its mean;
+        default: in `train()`.
+        """
+        check_unused(unused)
+        pixel_values = sample if pixel_values is None else pixel_values
+        if pixel_values is None:
+            raise TypeError("forward() needs pixel_values")
+        self._check_pixels(pixel_values)
+        how: dict[str, Any] = dict(sample_posterior=sample_posterior, generator=generator)
+        hidden_states = self._hidden_states(output_hidden_states)
+        output = self._run(pixel_values, pixel_values, return_loss, hidden_states, **how)
+        return output if self._as_dict(return_dict) else output.to_tuple()
 
     # Large images and batches
 
@@ -87,13 +111,19 @@ class VAEModel(AutoencoderModel):
         """Work on whole images again."""
         self.tile_size = None
 
-    @with_offload_hook
-    def encode(self, pixel_values: Tensor, return_dict: bool = True) -> EncoderOutput | tuple[Any, ...]:
-        """pixel_values -> `.latent_dist` (sample, mode, kl) and `.latents`."""
-        self._check_pixels(pixel_values)
-        parameters = self._in_parts(lambda x: self.encoder(x)[0], pixel_values.to(self.dtype), down=True)
-        encoded = self.bottleneck(parameters)
-        return encoded if return_dict else (encoded.latent_dist,)
+    def encode(
+        self, pixel_values: Tensor, return_dict: bool | None = None, output_hidden_states: bool | None = None
+    ) -> EncoderOutput | tuple[Any, ...]:
+        """pixel_values -> `.latent_dist` (sample, mode, kl) and `.latents`; as a tuple, `latent_dist` alone."""
+        encoded: Any = super().encode(pixel_values, True, output_hidden_states)
+        return encoded if self._as_dict(return_dict) else (encoded.latent_dist,)
+
+    def _encoder_output(
+        self, pixel_values: Tensor, hidden_states: list[Tensor] | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
+        if hidden_states is not None or self.training:  # of whole images
+            return super()._encoder_output(pixel_values, hidden_states)
+        return self._in_parts(lambda x: self.encoder(x)[0], pixel_values, down=True), []
 
     def _decode_to_pixels(self, latents: Tensor, pool_positions: list[Tensor] | None = None) -> Tensor:
         return self._in_parts(super()._decode_to_pixels, latents, down=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,7 @@ from transformers.utils.generic import ModelOutput
 
 from .configuration_vae import DiscriminatorConfig, VAEGANConfig
 from .discriminators import PatchGAN, adaptive_weight, discriminator_loss, frozen, generator_loss
-from .modeling_autoencoder import AutoencoderOutput
+from .modeling_autoencoder import AutoencoderOutput, total
 from .modeling_vae import VAEModel
 
 
@@ -83,14 +84,19 @@ class VAEGANModel(VAEModel):
         """Weights of the decoder's last layer."""
         return [weight for weight in self.decoder.parameters() if weight.ndim >= 2][-1]
 
-    def _run(self, pixel_values: Tensor, seen: Tensor) -> AutoencoderOutput:
-        output = super()._run(pixel_values, seen)
+    def _run(
+        self, pixel_values: Tensor, seen: Tensor, return_loss: bool = True,
+        hidden_states: list[Tensor] | None = None, **how: Any,
+    ) -> AutoencoderOutput:  # fmt: skip
+        output = super()._run(pixel_values, seen, return_loss, hidden_states, **how)
+        if not return_loss:
+            return output
         fakes, losses = output.reconstruction, output.losses
         if self.training and self.config.prior_samples:
             fakes = torch.cat([fakes, self._to_pixels(self._decode(torch.randn_like(output.latents)))])
         losses["reconstruction"] = self.config.reconstruction_weight * losses["reconstruction"]
         losses |= self.adversarial_terms(pixel_values, fakes, losses["reconstruction"])
-        output.loss = torch.stack([*losses.values()]).sum()
+        output.loss = total(losses)
         return output
 
     def adversarial_terms(self, pixel_values: Tensor, fakes: Tensor, reference: Tensor) -> dict[str, Tensor]:

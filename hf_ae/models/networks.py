@@ -1,9 +1,9 @@
 """Encoders and decoders: mlp, conv, resnet, transform.
 
 An encoder maps `pixel_values` (batch, channels, height, width) to `(latents, positions)`: the latents before the
-bottleneck, and the positions that max-pooling remembered, finest first (an empty list where there are none). A decoder
-maps latents and such positions to logits of the shape of `pixel_values`. With `latent_channels` the convolutional
-networks take any size that divides.
+bottleneck, and the positions that max-pooling remembered, finest first (an empty list where there are none). It adds
+the output of each of its layers to `hidden_states`, where that is a list. A decoder maps latents and such positions to
+logits of the shape of `pixel_values`. With `latent_channels` the convolutional networks take any size that divides.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .blocks import ACTIVATIONS, ResBlock, group_norm
+from .blocks import ACTIVATIONS, ResBlock, group_norm, run_layers
 from .configuration_autoencoder import AutoencoderConfig
 from .transform_network import TransformDecoder, TransformEncoder
 
@@ -46,19 +46,24 @@ class MLPLayer(GradientCheckpointingLayer):
         return self.activation(self.linear(x))
 
 
+class LastLinear(GradientCheckpointingLayer, nn.Linear):
+    """A linear layer: where it is the only layer, gradient checkpointing has one to compute again."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+
 class MLPEncoder(nn.Module):
     """pixels -> hidden_sizes -> latents"""
-
-    gradient_checkpointing = False  # with no hidden layer there is nothing to compute again, and that is no error
 
     def __init__(self, config: AutoencoderConfig, outputs_per_latent: int) -> None:
         super().__init__()
         widths = [config.num_pixels, *config.hidden_sizes]
         self.layers = nn.Sequential(*(MLPLayer(a, b, config.activation) for a, b in pairwise(widths)))
-        self.to_code = nn.Linear(widths[-1], config.latent_shape[0] * outputs_per_latent)
+        self.to_code = LastLinear(widths[-1], config.latent_shape[0] * outputs_per_latent)
 
-    def forward(self, pixel_values: Tensor) -> tuple[Tensor, list[Tensor]]:
-        return self.to_code(self.layers(pixel_values.flatten(1))), []
+    def forward(self, pixel_values: Tensor, hidden_states: list[Tensor] | None = None) -> tuple[Tensor, list[Tensor]]:
+        return run_layers([*self.layers, self.to_code], pixel_values.flatten(1), hidden_states), []
 
 
 class MLPDecoder(nn.Module):
@@ -167,13 +172,15 @@ class ConvEncoder(nn.Module):
         self.layers = nn.ModuleList(ConvDown(a, b, config) for a, b in pairwise(channels))
         self.to_code = FromFeatures(config, channels[-1], outputs_per_latent)
 
-    def forward(self, pixel_values: Tensor) -> tuple[Tensor, list[Tensor]]:
+    def forward(self, pixel_values: Tensor, hidden_states: list[Tensor] | None = None) -> tuple[Tensor, list[Tensor]]:
         x, remembered = pixel_values, []
         for layer in self.layers:
             x, positions = layer(x)
             if positions is not None:
                 remembered.append(positions)
-        return self.to_code(x), remembered
+            if hidden_states is not None:
+                hidden_states.append(x)
+        return run_layers([self.to_code], x, hidden_states), remembered
 
 
 class ConvDecoder(nn.Module):
@@ -232,9 +239,10 @@ class ResnetEncoder(nn.Module):
         self.norm, self.activation = group_norm(channels[-1]), ACTIVATIONS[config.activation]()
         self.to_code = FromFeatures(config, channels[-1], outputs_per_latent)
 
-    def forward(self, pixel_values: Tensor) -> tuple[Tensor, list[Tensor]]:
-        x = self.layers(self.stem(F.pixel_unshuffle(pixel_values, self.patch_size)))
-        return self.to_code(self.activation(self.norm(x))), []
+    def forward(self, pixel_values: Tensor, hidden_states: list[Tensor] | None = None) -> tuple[Tensor, list[Tensor]]:
+        patches = F.pixel_unshuffle(pixel_values, self.patch_size)
+        x = self.activation(self.norm(run_layers([self.stem, *self.layers], patches, hidden_states)))
+        return run_layers([self.to_code], x, hidden_states), []
 
 
 class ResnetDecoder(nn.Module):

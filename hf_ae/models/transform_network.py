@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .blocks import ACTIVATIONS, ResBlock
+from .blocks import ACTIVATIONS, ResBlock, run_layers
 from .configuration_autoencoder import AutoencoderConfig
 
 
@@ -100,9 +100,13 @@ class TransformEncoder(nn.Module):
         self.activation = ACTIVATIONS[config.activation]()
         self.to_code = ZeroConv2d(channels[-1], values)
 
-    def forward(self, pixel_values: Tensor) -> tuple[Tensor, list[Tensor]]:
-        x = self.layers(self.stem(F.pixel_unshuffle(pixel_values, self.patch_size)))
-        return self.dct(pixel_values) + self.to_code(self.activation(x)), []
+    def forward(self, pixel_values: Tensor, hidden_states: list[Tensor] | None = None) -> tuple[Tensor, list[Tensor]]:
+        patches = F.pixel_unshuffle(pixel_values, self.patch_size)
+        x = run_layers([self.stem, *self.layers], patches, hidden_states)
+        latents = self.dct(pixel_values) + self.to_code(self.activation(x))
+        if hidden_states is not None:
+            hidden_states.append(latents)
+        return latents, []
 
 
 class TransformDecoder(nn.Module):
