@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import initialization as init
 
 SCALES = [0.11 * (256 / 0.11) ** (i / 63) for i in range(64)]
 """Standard deviations that the entropy coder knows, in quantization steps (Ballé et al. 2018 use the same range)."""
@@ -148,8 +149,7 @@ class QualityTable(nn.Embedding):
         super().__init__(QUALITY_ANCHORS, values)
 
     def reset_parameters(self) -> None:
-        with torch.no_grad():
-            self.weight.copy_(torch.tensor(self.first)[:, None].expand_as(self.weight))
+        init.copy_(self.weight, torch.tensor(self.first)[:, None].expand_as(self.weight))
 
     def forward(self, level: Tensor, exact: bool = False) -> Tensor:
         """`exact`: in fixed-point numbers, float64; else float32."""
@@ -169,14 +169,14 @@ class FactorizedPrior(nn.Module):
         super().__init__()
         self.channels = channels
         self.location, self.log_scale, self.logit = (nn.Parameter(torch.empty(3 * channels)) for _ in range(3))
-        self.reset_parameters()
         self.register_buffer("table", torch.ones(channels, 2 * HYPER_LIMIT + 1, dtype=torch.int32))
+        self.reset_parameters()
 
     def reset_parameters(self) -> None:
         nn.init.zeros_(self.log_scale)
         nn.init.zeros_(self.logit)
-        with torch.no_grad():
-            self.location.copy_(torch.tensor([-3.0, 0.0, 3.0]).repeat(self.channels))
+        init.copy_(self.location, torch.tensor([-3.0, 0.0, 3.0]).repeat(self.channels))
+        nn.init.ones_(self.table)
 
     def probability(self, z: Tensor) -> Tensor:
         """Probability of z ± ½ for each channel: (channels, …) -> (channels, …)."""

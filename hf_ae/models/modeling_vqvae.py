@@ -14,7 +14,7 @@ from .blocks import ResBlock
 from .configuration_vqvae import VQVAE2Config, VQVAEConfig
 from .modeling_autoencoder import ALWAYS_GIVEN, AutoencoderModel, EncoderOutput, with_offload_hook
 from .modeling_code_prior import CodePrior
-from .quantizers import QuantizedCode, make_quantizer, usage_and_perplexity
+from .quantizers import QuantizedCode, make_quantizer, usage_and_perplexity, usage_counts
 
 
 @dataclass
@@ -45,12 +45,13 @@ class VQVAEModel(AutoencoderModel):
     is_regularized = True
     has_discrete_codes = True
     codec_method = "indices"
-    _keep_in_fp32_modules_strict = {"codebook", "cluster_sizes"}
 
     def __init__(self, config: VQVAEConfig) -> None:
         super().__init__(config)
         self.quantizers: Any = nn.ModuleList(make_quantizer(config) for _ in range(config.num_levels))
         self.prior = None if config.prior_layers is None else CodePrior(config)
+        kept = ("codebook", "cluster_sizes")
+        self._keep_in_fp32_modules_strict = {name for name in kept if hasattr(self.quantizers[0], name)}
         self.post_init()
 
     @property
@@ -96,7 +97,7 @@ class VQVAEModel(AutoencoderModel):
     def count_indices(self, indices: Any) -> None:
         """Add indices of training images to the frequencies that the codec's tables are made of."""
         for quantizer, level in zip(self.quantizers, self.levels_of(indices)):
-            quantizer.frequencies += torch.bincount(level.flatten(), minlength=quantizer.size)
+            quantizer.frequencies += usage_counts(level, quantizer.size)
 
     # New images
 
@@ -132,7 +133,7 @@ class VQVAEModel(AutoencoderModel):
         guidance_scale = self.config.prior_guidance_scale if guidance_scale is None else guidance_scale
         codes = self.prior.eval().sample(n, chosen, temperature, top_k, guidance_scale, generator)
         levels = self.from_levels(self.prior.to_levels(codes))
-        return self.decode(self.indices_to_latents(levels)).sample
+        return self.decode(self.indices_to_latents(levels), return_dict=False)[0]
 
     def class_index(self, label: int | str) -> int:
         """The index of a class that is given by index or name. Raises ValueError for an unknown class."""

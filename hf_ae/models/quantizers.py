@@ -13,11 +13,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import initialization as init
 
 from .configuration_vqvae import VQVAEConfig
 
 DISTANCES_AT_ONCE = 2**24
 """How many distances between vectors and codewords are held in memory."""
+CHECK_EVERY = 10
+"""Training passes between two looks for codewords that nothing uses: each look waits for the device."""
 RECENT = 200
 """Training passes over which the use of a codebook is watched."""
 
@@ -104,17 +107,23 @@ class VectorQuantizer(Quantizer):
         self.ema, self.decay = config.quantizer == "ema", config.ema_decay
         self.cosine = config.code_distance == "cosine"
         self.kmeans_rounds, self.revive_after = config.kmeans_rounds, config.revive_after
-        codebook = torch.zeros(self.size, config.codeword_length, dtype=torch.float32)
+        codebook = first_codebook(self.size, config.codeword_length)
         if self.ema:
             self.register_buffer("codebook", codebook)
             self.register_buffer("cluster_sizes", torch.ones(self.size, dtype=torch.float32))
         else:
             self.codebook = nn.Parameter(codebook)
         self.register_buffer("passes", torch.zeros((), dtype=torch.int64))
+        self.passes_done: int | None = None
+        """`passes` on the host, read from the device once."""
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.passes_done = None
 
     def reset_parameters(self) -> None:
         super().reset_parameters()
-        nn.init.normal_(self.codebook, std=self.codebook.shape[1] ** -0.5)
+        init.copy_(self.codebook, first_codebook(*self.codebook.shape))
         nn.init.zeros_(self.passes)
         if self.ema:
             nn.init.ones_(self.cluster_sizes)
@@ -146,18 +155,21 @@ class VectorQuantizer(Quantizer):
     def place(self, vectors: Tensor) -> None:
         """Before a training pass: start the codebook on the first batch, and move codewords that nothing uses to its
         vectors."""
-        if self.kmeans_rounds and not self.passes:
+        if self.passes_done is None:
+            self.passes_done = int(self.passes)
+        if self.kmeans_rounds and not self.passes_done:
             points = gathered(vectors).flatten(0, 1)
             centres = k_means(points, self.size, self.kmeans_rounds)
             if dist.is_initialized():
                 dist.broadcast(centres, 0)
             self.codebook.copy_(centres)
-        if not self.revive_after:
+        every = min(CHECK_EVERY, self.revive_after)
+        if not every or self.passes_done % every:
             return
-        dead = (self.idle > 0) & (self.idle % self.revive_after == 0)
+        dead = (self.idle >= self.revive_after) & (self.idle % self.revive_after < every)
         if dead.any():
             points = gathered(vectors).flatten(0, 1)
-            order = torch.randperm(len(points), generator=torch.Generator().manual_seed(int(self.passes)))
+            order = torch.randperm(len(points), generator=torch.Generator().manual_seed(self.passes_done))
             order = order.repeat(-(-self.size // len(points)))[: int(dead.sum())]
             self.codebook[dead] = points[order.to(points.device)]
             if self.ema:
@@ -177,6 +189,7 @@ class VectorQuantizer(Quantizer):
             self.codebook.copy_(self.table + (1 - self.decay) * change)
         self.watch(counts)
         self.passes += 1
+        self.passes_done = (self.passes_done or 0) + 1
 
 
 class FiniteScalarQuantizer(Quantizer):
@@ -202,7 +215,7 @@ class FiniteScalarQuantizer(Quantizer):
         half = levels // 2
         indices = ((whole.long() + half) * steps).sum(-1)
         if self.training and torch.is_grad_enabled():
-            counts = torch.bincount(indices.flatten(), minlength=self.size)
+            counts = usage_counts(indices, self.size)
             if dist.is_initialized():
                 dist.all_reduce(counts)
             self.watch(counts)
@@ -212,6 +225,12 @@ class FiniteScalarQuantizer(Quantizer):
         levels, steps = self.grid(indices.device)
         half = levels // 2
         return (indices[..., None] // steps % levels - half).float() / half
+
+
+def first_codebook(size: int, length: int) -> Tensor:
+    """Codewords (size, length), float32, to start from: fixed draws from N(0, 1 / length)."""
+    generator = torch.Generator("cpu").manual_seed(0)
+    return torch.randn(size, length, generator=generator, dtype=torch.float32, device="cpu") / length**0.5
 
 
 def make_quantizer(config: VQVAEConfig) -> Quantizer:
@@ -241,6 +260,12 @@ def cluster_sums(points: Tensor, indices: Tensor, size: int) -> Tensor:
     return sums.index_add_(0, indices, F.pad(points, (0, 1), value=1.0))
 
 
+def usage_counts(indices: Tensor, size: int) -> Tensor:
+    """How often each of the indices 0 … size - 1 occurs: (size,). Unlike `bincount` it does not wait for a GPU."""
+    flat = indices.flatten()
+    return flat.new_zeros(size).index_add_(0, flat, torch.ones_like(flat))
+
+
 def k_means(points: Tensor, size: int, rounds: int) -> Tensor:
     """Centres (size, values) of `points` (points, values): Lloyd's algorithm, on at most 256 points a centre.
 
@@ -259,6 +284,6 @@ def k_means(points: Tensor, size: int, rounds: int) -> Tensor:
 def usage_and_perplexity(indices: Tensor, size: int) -> dict[str, Tensor]:
     """Of a batch of indices: the fraction of `size` codewords in use, and the perplexity exp(entropy) of their
     frequencies."""
-    counts = torch.bincount(indices.flatten(), minlength=size).float()
+    counts = usage_counts(indices, size).float()
     frequencies = counts / counts.sum()
     return {"usage": (counts > 0).float().mean(), "perplexity": torch.special.entr(frequencies).sum().exp()}
