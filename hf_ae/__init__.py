@@ -5,9 +5,10 @@ as `hf_ae.codec` and `hf_ae.latents`, are imported when they are first used.
 """
 
 import importlib
+import sys
 from types import ModuleType
 
-from transformers import AutoConfig, AutoImageProcessor, AutoModel
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, PreTrainedModel
 
 from .models.configuration_autoencoder import AutoencoderConfig
 from .models.configuration_compressive import CompressiveAutoencoderConfig
@@ -50,6 +51,8 @@ for _model_type, _model in MODELS.items():
     AutoModel.register(_model.config_class, _model, exist_ok=True)
     _processors: dict[str, type] = {"pil": AutoencoderImageProcessor}
     AutoImageProcessor.register(_model.config_class, image_processor_classes=_processors, exist_ok=True)
+    # A diffusers pipeline that holds a model loads it by the base class that it finds, by this name, in its module.
+    vars(sys.modules[_model.__module__]).setdefault("PreTrainedModel", PreTrainedModel)
 
 AutoConfig.register(DiscriminatorConfig.model_type, DiscriminatorConfig, exist_ok=True)
 AutoModel.register(DiscriminatorConfig, DiscriminatorModel, exist_ok=True)
