@@ -1,7 +1,7 @@
 """hf_ae: every autoencoder as a Hugging Face model.
 
-Importing it registers each configuration, model and image processor with transformers' Auto classes. Its rooms, such
-as `hf_ae.codec` and `hf_ae.latents`, are imported when they are first used.
+Importing it registers each configuration, model and image processor with transformers' Auto classes, and the pipeline
+that extracts features. Its rooms, such as `hf_ae.codec` and `hf_ae.latents`, are imported when they are first used.
 """
 
 import importlib
@@ -9,6 +9,7 @@ import sys
 from types import ModuleType
 
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, PreTrainedModel
+from transformers.pipelines import PIPELINE_REGISTRY
 
 from .models.configuration_autoencoder import AutoencoderConfig
 from .models.configuration_compressive import CompressiveAutoencoderConfig
@@ -56,6 +57,11 @@ for _model_type, _model in MODELS.items():
 
 AutoConfig.register(DiscriminatorConfig.model_type, DiscriminatorConfig, exist_ok=True)
 AutoModel.register(DiscriminatorConfig, DiscriminatorModel, exist_ok=True)
+
+# The class by name, imported when a pipeline is made. Of other models it does what transformers' own does.
+PIPELINE_REGISTRY.supported_tasks["image-feature-extraction"]["impl"] = (
+    "hf_ae.models.feature_extraction.LatentExtractionPipeline"
+)
 
 _ROOMS = (
     "codec", "data", "diffusion", "evaluation", "hub", "latents", "loading", "metrics", "pipelines", "plots",

@@ -9,12 +9,15 @@ from collections.abc import Iterable
 from dataclasses import field
 from typing import Any, ClassVar
 
-from transformers import GenerationConfig, PreTrainedConfig
+from transformers import PreTrainedConfig
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
 
 # What transformers itself passes or stores beside the fields; anything else is a typing error of the user.
 _FRAMEWORK_KEYS = {
     "model_type", "auto_map", "torch_dtype", "name_or_path", "attn_implementation", "experts_implementation",
-    "output_attentions", "num_labels", "use_cache", "quantization_config",
+    "output_attentions", "num_labels", "use_cache", "quantization_config", "tie_word_embeddings",
 }  # fmt: skip
 
 _RESIDUAL = ("resnet", "transform")
@@ -26,6 +29,7 @@ class AutoencoderConfig(PreTrainedConfig):
 
     The defaults make a small fully connected autoencoder for 28×28 gray images. Values are checked when the
     configuration is made: an unknown field, a wrong type or two fields that contradict each other raise ValueError.
+    A file may hold fields that are unknown here, such as a later version of transformers writes: they are kept.
     """
 
     model_type = "hf_ae_autoencoder"
@@ -74,7 +78,23 @@ class AutoencoderConfig(PreTrainedConfig):
         "upsample": (None, "transpose", "unpool", "nearest"), "reconstruction_loss": ("mse", "bce", "l1"),
         "pixel_range": ([0.0, 1.0], [-1.0, 1.0]),
     }  # fmt: skip
+    keys_to_ignore_at_inference = ("losses", "measures", "indices", "pooler_output", "hidden_states")
     _auto_class = "AutoConfig"
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As every configuration; fields that are unknown here become attributes, with a warning."""
+        known = {spec.name for spec in dataclasses.fields(cls)} | _FRAMEWORK_KEYS
+        foreign = {name: v for name, v in config_dict.items() if name not in known and not name.startswith("_")}
+        loaded = super().from_dict({name: v for name, v in config_dict.items() if name not in foreign}, **kwargs)
+        config = loaded[0] if isinstance(loaded, tuple) else loaded
+        for name, value in foreign.items():
+            if not hasattr(config, name):
+                setattr(config, name, value)
+        if foreign:
+            names = ", ".join(foreign)
+            logger.warning_once(f"{cls.__name__} does not know {names}, which the configuration holds: kept unused.")
+        return loaded
 
     def __post_init__(self, **kwargs: Any) -> None:
         self._refuse_unknown(kwargs)
@@ -92,9 +112,8 @@ class AutoencoderConfig(PreTrainedConfig):
 
     def _refuse_unknown(self, kwargs: Iterable[str]) -> None:
         known = [spec.name for spec in dataclasses.fields(self)]
-        accepted = _FRAMEWORK_KEYS | set(GenerationConfig._get_default_generation_params())
         for name in kwargs:
-            if name in accepted or name.startswith("_"):
+            if name in _FRAMEWORK_KEYS or name.startswith("_"):
                 continue
             similar = difflib.get_close_matches(name, known, n=1)
             own = [n for n in known if n not in PreTrainedConfig.__dataclass_fields__]
@@ -209,6 +228,28 @@ class AutoencoderConfig(PreTrainedConfig):
     def num_pixels(self) -> int:
         """Values in one image."""
         return self.num_channels * math.prod(self.image_hw)
+
+    # As diffusers calls its autoencoders' fields
+
+    @property
+    def in_channels(self) -> int:
+        """Channels of `pixel_values`."""
+        return self.num_channels
+
+    @property
+    def out_channels(self) -> int:
+        """Channels of a reconstruction."""
+        return self.num_channels
+
+    @property
+    def sample_size(self) -> int | list[int]:
+        """Height and width in pixels."""
+        return self.image_size
+
+    @property
+    def shift_factor(self) -> float:
+        """What pipelines subtract from latents before they multiply by `scaling_factor`: nothing."""
+        return 0.0
 
     @property
     def block_out_channels(self) -> list[int]:

@@ -11,6 +11,7 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.utils import logging
 from transformers.utils.generic import ModelOutput
@@ -145,9 +146,11 @@ class AutoencoderModel(PreTrainedModel):
     """Whether latents drawn from N(0, I) decode to images."""
     can_denoise = False
     """Whether it is trained to restore damaged images, and has `corrupt`."""
-    _saw_pixels = False
     has_discrete_codes = False
     """Whether `encode` gives indices of codewords."""
+    differentiates_in_forward = False
+    """Whether `forward` itself takes gradients, which reentrant checkpoints do not allow."""
+    _saw_pixels = False
 
     def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__(config)
@@ -162,6 +165,13 @@ class AutoencoderModel(PreTrainedModel):
         reset = getattr(module, "reset_parameters", None)
         if reset is not None:
             reset()
+
+    def _set_gradient_checkpointing(
+        self, enable: bool = True, gradient_checkpointing_func: Callable[..., Any] = checkpoint, **options: Any
+    ) -> None:
+        if self.differentiates_in_forward:
+            gradient_checkpointing_func = functools.partial(gradient_checkpointing_func, use_reentrant=False)
+        super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, **options)
 
     def _warn_if_it_can_copy(self) -> None:
         values = math.prod(self.config.latent_shape)

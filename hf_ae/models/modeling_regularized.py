@@ -85,17 +85,11 @@ class ContractiveAutoencoderModel(AutoencoderModel):
 
     config: ContractiveAutoencoderConfig
     config_class = ContractiveAutoencoderConfig
+    differentiates_in_forward = True
 
     @property
     def is_regularized(self) -> bool:
         return self.config.contraction_weight > 0
-
-    def gradient_checkpointing_enable(
-        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
-    ) -> None:
-        """As every model, but never reentrant: the penalty differentiates twice."""
-        asked = {**(gradient_checkpointing_kwargs or {}), "use_reentrant": False}
-        super().gradient_checkpointing_enable(asked, **options)
 
     def penalties(self, pixel_values: Tensor, encoded: EncoderOutput) -> dict[str, Tensor]:
         return {"contraction": self.config.contraction_weight * self.jacobian_norm(pixel_values).mean()}

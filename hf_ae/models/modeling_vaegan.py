@@ -71,6 +71,7 @@ class VAEGANModel(VAEModel):
 
     config: VAEGANConfig
     config_class = VAEGANConfig
+    differentiates_in_forward = True
 
     def __init__(self, config: VAEGANConfig) -> None:
         super().__init__(config)
