@@ -78,26 +78,23 @@ class AutoencoderConfig(PreTrainedConfig):
         "upsample": (None, "transpose", "unpool", "nearest"), "reconstruction_loss": ("mse", "bce", "l1"),
         "pixel_range": ([0.0, 1.0], [-1.0, 1.0]),
     }  # fmt: skip
-    keys_to_ignore_at_inference = ("losses", "measures", "indices", "pooler_output", "hidden_states")
+    keys_to_ignore_at_inference = ["losses", "measures", "indices", "pooler_output", "hidden_states"]
     _auto_class = "AutoConfig"
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """As every configuration; fields that are unknown here become attributes, with a warning."""
         known = {spec.name for spec in dataclasses.fields(cls)} | _FRAMEWORK_KEYS
-        foreign = {name: v for name, v in config_dict.items() if name not in known and not name.startswith("_")}
-        loaded = super().from_dict({name: v for name, v in config_dict.items() if name not in foreign}, **kwargs)
-        config = loaded[0] if isinstance(loaded, tuple) else loaded
-        for name, value in foreign.items():
-            if not hasattr(config, name):
-                setattr(config, name, value)
+        foreign = [name for name in config_dict if name not in known and not name.startswith("_")]
         if foreign:
             names = ", ".join(foreign)
             logger.warning_once(f"{cls.__name__} does not know {names}, which the configuration holds: kept unused.")
-        return loaded
+        kept = {name: value for name, value in config_dict.items() if name not in foreign or not hasattr(cls, name)}
+        return super().from_dict({**kept, "_from_a_file": True}, **kwargs)
 
     def __post_init__(self, **kwargs: Any) -> None:
-        self._refuse_unknown(kwargs)
+        if not kwargs.pop("_from_a_file", False):
+            self._refuse_unknown(kwargs)
         self._check_types()
         self.hidden_sizes = list(self.hidden_sizes)
         self.pixel_range = [float(value) for value in self.pixel_range]

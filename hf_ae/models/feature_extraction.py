@@ -18,9 +18,9 @@ class LatentExtractionPipeline(ImageFeatureExtractionPipeline):
     over positions, (1, values).
     """
 
-    _load_video_processor = False  # the search for one would ask whether to run the code in the model's folder
+    _load_video_processor: Any = False  # the search for one would ask whether to run the code in the model's folder
 
-    def _forward(self, input_tensors: Any, **forward_parameters: Any) -> Any:
+    def _forward(self, input_tensors: Any, **forward_parameters: Any) -> Any:  # type: ignore[override]
         if not isinstance(self.model, AutoencoderModel):
             return super()._forward(input_tensors, **forward_parameters)
         encoded: Any = self.model.encode(**input_tensors)

@@ -166,7 +166,7 @@ class AutoencoderModel(PreTrainedModel):
         if reset is not None:
             reset()
 
-    def _set_gradient_checkpointing(
+    def _set_gradient_checkpointing(  # type: ignore[override]
         self, enable: bool = True, gradient_checkpointing_func: Callable[..., Any] = checkpoint, **options: Any
     ) -> None:
         if self.differentiates_in_forward:

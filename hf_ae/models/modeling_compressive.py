@@ -133,7 +133,11 @@ class CompressiveAutoencoderModel(AutoencoderModel):
             return torch.randint(0, QUALITY_LEVELS + 1, (batch,), device=self.device)
         given = self.config.quality if quality is None else quality
         quality = torch.as_tensor(given, dtype=torch.float32, device=self.device)
-        if not ((quality >= 0) & (quality <= 1)).all():
+        if isinstance(given, Tensor):
+            good = torch.compiler.is_compiling() or bool(((quality >= 0) & (quality <= 1)).all())
+        else:
+            good = 0 <= given <= 1  # without waiting for the device
+        if not good:
             raise ValueError(f"quality={quality.tolist()} must lie between 0 (smallest files) and 1 (best images).")
         return (quality * QUALITY_LEVELS).round().long().expand(batch)
 
