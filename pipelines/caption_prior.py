@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from diffusers import ModelMixin
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -25,6 +27,11 @@ class CaptionPrior(ModelMixin, ConfigMixin):
         self.register_buffer("vectors", torch.zeros(num_texts, width))
         self.register_buffer("means", torch.zeros(len(captions), width))
         self.register_buffer("links", torch.zeros(2, num_links, dtype=torch.int32))
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> CaptionPrior:
+        """As `ModelMixin.from_pretrained`, from safetensors alone."""
+        return super().from_pretrained(pretrained_model_name_or_path, **{**kwargs, "use_safetensors": True})
 
     def forward(self, vectors: torch.Tensor) -> list[str]:
         """(texts, width) -> the nearest caption of each."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch.nn import functional as F
 
 
@@ -34,9 +34,9 @@ def read_images(images: Any, channels: int, size: Sequence[int | None]) -> torch
 def read_image(image: Any, channels: int) -> torch.Tensor:
     """One image, or a batch as array or tensor -> pixels. Transparent parts become white. Raises ValueError."""
     if isinstance(image, Image.Image):
-        if image.has_transparency_data:
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-        image = np.asarray(image.convert("L" if channels == 1 else "RGB"))
+        image = np.asarray(upright(image, "L" if channels == 1 else "RGB"))
+    if isinstance(image, np.ndarray) and image.dtype == np.uint16:
+        image = (image / 65535).astype(np.float32)
     if isinstance(image, np.ndarray):
         image = torch.tensor(image[..., None] if image.ndim == 2 else image).movedim(-1, -3)
     kind = type(image).__name__
@@ -49,6 +49,24 @@ def read_image(image: Any, channels: int) -> torch.Tensor:
     low, high = pixels.min().item(), pixels.max().item()
     require(low >= 0 and high <= 1, f"image has values from {low:.3g} to {high:.3g}: pass values in [0, 1].")
     return pixels
+
+
+def upright(image: Image.Image, mode: str) -> Image.Image:
+    """A PIL image of any mode -> L or RGB, turned as its EXIF entry asks, transparent parts white. Gray of 16 or 32
+    bits or floats is scaled: white is 1 (floats up to 1), 255 (values up to 255) or 65535. Raises ValueError."""
+    try:
+        image.load()
+        image = ImageOps.exif_transpose(image)
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"the image cannot be read: {str(error).splitlines()[0]}") from error
+    if image.mode == "F" or image.mode.startswith("I"):
+        values = np.asarray(image, dtype=np.float32)
+        white = 255.0 if image.mode in ("F", "I") and values.max() <= 255 else 65535.0
+        white = 1.0 if image.mode == "F" and values.max() <= 1 else white
+        image = Image.fromarray((values / white * 255).round().clip(0, 255).astype(np.uint8))
+    if image.has_transparency_data:
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    return image.convert(mode)
 
 
 def present(pixels: torch.Tensor, output_type: str) -> list[Image.Image] | np.ndarray | torch.Tensor:
@@ -73,7 +91,10 @@ def dtype_of(model: torch.nn.Module) -> torch.dtype:
 
 
 def decode(decoder: Any, latents: torch.Tensor) -> torch.Tensor:
-    """Unscaled latents -> pixels."""
+    """Unscaled latents -> pixels. Raises ValueError where they are not finite numbers."""
     low, high = pixel_range(decoder)
     pixels = decoder.decode(latents.to(dtype_of(decoder))).sample.float()
+    cause = "the decoder" if latents.isfinite().all() else "the denoiser"
+    advice = "load its weights in float32 or bfloat16, or draw with another scheduler or fewer steps"
+    require(pixels.isfinite().all(), f"{cause} gave NaN or infinite values, which are no image: {advice}.")
     return pixels.sub(low).div(high - low).clamp(0, 1)

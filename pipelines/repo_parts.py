@@ -1,4 +1,5 @@
-"""What a text-to-image pipeline takes from its repository: configurations and safetensors, no code."""
+"""What a text-to-image pipeline takes from its repository (configurations and safetensors, no code), and leaves in
+one."""
 
 from __future__ import annotations
 
@@ -14,6 +15,7 @@ from transformers import CONFIG_MAPPING, AutoModel
 
 from .caption_prior import CaptionPrior
 from .image_io import require
+from .repo_code import code_files, write_code
 
 logger = logging.get_logger(__name__)
 
@@ -21,12 +23,13 @@ REQUIRED = ("vae", "text_encoder", "tokenizer", "unet", "scheduler")
 EXTRA = ("prior", "image_decoder", "discriminator")
 NOT_RUN = ("safety_checker", "feature_extractor", "image_encoder")
 """Parts of Stable Diffusion 1.x repos that this pipeline accepts and leaves alone."""
+NO_PICKLES = "{} pickled weights, which can run any code: this pipeline reads and writes safetensors alone."
 UNCHECKED = "The safety_checker is not run: look at the images before you show them to others."
 
 
 class RepoLoading:
-    """Loads a `DiffusionPipeline`, of which this is the other base class, from safetensors and without a repo's
-    code."""
+    """Loads a `DiffusionPipeline`, of which this is the other base class, from safetensors and without a repo's code;
+    saves it with the code that others need."""
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Any:
@@ -34,9 +37,11 @@ class RepoLoading:
 
         A component of another library is loaded by `AutoModel` if transformers knows its `model_type` (importing hf_ae
         registers its own). No code of the repo is downloaded, nor run unless you pass trust_remote_code=True.
-        Components passed as keywords replace those of the repo, whatever their class.
+        Components passed as keywords replace those of the repo, whatever their class. Raises ValueError for
+        `use_safetensors=False`.
         """
-        kwargs.setdefault("use_safetensors", True)
+        require(kwargs.get("use_safetensors") in (None, True), NO_PICKLES.format("use_safetensors=False reads"))
+        kwargs["use_safetensors"] = True
         given = {name: kwargs.pop(name) for name in (*REQUIRED, *EXTRA, *NOT_RUN) if name in kwargs}
         parts, folder = {**dict.fromkeys(NOT_RUN), **given}, Path(pretrained_model_name_or_path)
         if not folder.is_dir():
@@ -64,6 +69,29 @@ class RepoLoading:
         if isinstance(config.get("_class_name"), (list, tuple)):
             config["_class_name"] = cls.__name__
         return loaded
+
+    def save_pretrained(self, save_directory: str | Path, safe_serialization: bool = True, **kwargs: Any) -> None:
+        """As `DiffusionPipeline.save_pretrained`, with `pipeline.py` and the code of hf_ae's components, so that
+        `DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)` loads it where hf_ae is not installed.
+
+        Raises ValueError for `safe_serialization=False`.
+        """
+        require(safe_serialization, NO_PICKLES.format("safe_serialization=False writes"))
+        pipe: Any = self
+        pipe.register_modules(**pipe.components)  # else what was assigned where there was nothing is left out
+        super().save_pretrained(str(save_directory), **kwargs)  # type: ignore[misc]
+
+    def save_config(self, save_directory: str | Path, **kwargs: Any) -> None:
+        """model_index.json, and the code that it names: the last that `save_pretrained` writes before it uploads."""
+        super().save_config(save_directory, **kwargs)  # type: ignore[misc]
+        pipe: Any = self
+        kind = next(cls for cls in type(self).__mro__ if RepoLoading in cls.__bases__)
+        folder, parts = (
+            Path(save_directory),
+            {name: part for name, part in pipe.components.items() if part is not None},
+        )
+        parts = {name: type(part) for name, part in parts.items() if (folder / name).is_dir()}
+        write_code(folder, code_files(folder, kind, parts))
 
 
 def download(repo: str, skipped: Container[str], options: dict[str, Any]) -> Path:

@@ -18,33 +18,22 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, SchedulerMixin, UNet2DConditionModel
 from diffusers.models.embeddings import get_timestep_embedding
+from diffusers.pipelines.pipeline_utils import StableDiffusionMixin
 from diffusers.utils.torch_utils import randn_tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .drawing_request import DrawingRequest, Images, Preview, TextToImageOutput
+from .drawing_request import DrawingRequest, DrawingState, Images, Preview, TextToImageOutput
 from .image_io import decode, dtype_of, pixel_range, present, require
+from .prompt_reading import PromptReading
 from .repo_parts import EXTRA, NOT_RUN, REQUIRED, UNCHECKED, RepoLoading, logger
 
-CACHED_TEXTS = 64
 
-
-@dataclass
-class EncodedText:
-    """A text's states (1, tokens, width), the end of it that was cut off, and the caption that the prior takes it
-    for."""
-
-    states: torch.Tensor
-    cut: str
-    caption: str | None
-
-
-class TextToImagePipeline(RepoLoading, DiffusionPipeline):
+class TextToImagePipeline(DrawingState, PromptReading, RepoLoading, DiffusionPipeline, StableDiffusionMixin):
     """Text encoder -> denoising in the latent space -> image decoder.
 
     vae: `encode(x).latent_dist`, `decode(z).sample`, `config.scaling_factor`, `config.block_out_channels`; its pixels
@@ -57,7 +46,7 @@ class TextToImagePipeline(RepoLoading, DiffusionPipeline):
 
     model_cpu_offload_seq = "text_encoder->unet->vae"
     _optional_components = [*EXTRA, *NOT_RUN]
-    _callback_tensor_inputs = ["latents"]
+    _callback_tensor_inputs = ["latents", "prompt_embeds", "negative_prompt_embeds"]
     if TYPE_CHECKING:  # register_modules sets the components
 
         def __getattr__(self, name: str) -> Any: ...
@@ -80,9 +69,6 @@ class TextToImagePipeline(RepoLoading, DiffusionPipeline):
             default_num_inference_steps=default_num_inference_steps,
             default_guidance_scale=default_guidance_scale,
         )
-        self._texts: dict[str, EncodedText] = {}
-        self._texts_from: tuple[Any, ...] | None = None
-        self._interrupt = False
         if safety_checker is not None:
             logger.warning(UNCHECKED)
 
@@ -90,8 +76,8 @@ class TextToImagePipeline(RepoLoading, DiffusionPipeline):
 
     @property
     def device(self) -> torch.device:
-        """The UNet's."""
-        return self.unet.device
+        """The UNet's, or where there is none that of other components."""
+        return super().device if self.unet is None else self.unet.device  # type: ignore[misc]
 
     def to(self, *args: Any, **kwargs: Any) -> TextToImagePipeline:
         """As in diffusers; extra components that are plain torch modules, which it cannot move, come along."""
@@ -108,12 +94,15 @@ class TextToImagePipeline(RepoLoading, DiffusionPipeline):
     # What users call
 
     def __call__(
-        self, prompt: str | list[str], negative_prompt: str | list[str] | None = None, *, height: int | None = None,
-        width: int | None = None, num_inference_steps: int | None = None, guidance_scale: float | None = None,
+        self, prompt: str | list[str] | None = None, negative_prompt: str | list[str] | None = None, *,
+        height: int | None = None, width: int | None = None, num_inference_steps: int | None = None,
+        timesteps: Sequence[int] | None = None, sigmas: Sequence[float] | None = None, guidance_scale: float | None = None,
         guidance_rescale: float = 0.0, guidance_interval: tuple[float, float] = (0.0, 1.0),
         seed: int | list[int] | None = None, generator: torch.Generator | list[torch.Generator] | None = None,
         num_images_per_prompt: int = 1, num_candidates: int = 1, latents: torch.Tensor | None = None,
-        image: Any = None, strength: float = 0.8, output_type: str = "pil", return_dict: bool = True,
+        image: Any = None, strength: float = 0.8, prompt_embeds: torch.Tensor | None = None,
+        negative_prompt_embeds: torch.Tensor | None = None, clip_skip: int | None = None,
+        cross_attention_kwargs: dict[str, Any] | None = None, output_type: str = "pil", return_dict: bool = True,
         callback_on_step_end: Callable[..., Any] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
     ) -> TextToImageOutput | tuple[Images, list[float] | None]:  # fmt: skip
@@ -129,11 +118,19 @@ class TextToImagePipeline(RepoLoading, DiffusionPipeline):
         start from images, one for all or one for each prompt (PIL, or arrays (height, width, channels)
             or tensors (channels, height, width) in [0, 1]; resized to height and width if given). Strength 0 is the
             VAE's round trip, 1 (almost) forgets the image (Meng et al. 2022).
-        callback_on_step_end: `callback(pipe, step, timestep, {"latents": ...})` may return other latents;
-            `pipe.interrupt = True` stops after this step.
+        timesteps, sigmas: where to step instead of how often, for schedulers that take them. prompt_embeds,
+        negative_prompt_embeds: instead of texts, (prompts, tokens, width), as `encode_prompt` returns them for one
+        image a prompt. clip_skip: layers of the text encoder to leave out. cross_attention_kwargs: for the attention
+        processors of the UNet.
+        callback_on_step_end: `callback(pipe, step, timestep, tensors)` gets those of `latents`, `prompt_embeds` (the
+            negative ones first under guidance) and `negative_prompt_embeds` that callback_on_step_end_tensor_inputs
+            names, and may return others; `pipe._guidance_scale = 0.0` ends guidance and `pipe.interrupt = True` the
+            drawing after this step.
         """
         request = DrawingRequest(
             prompt, negative_prompt, height=height, width=width, num_inference_steps=num_inference_steps,
+            timesteps=timesteps, sigmas=sigmas, prompt_embeds=prompt_embeds, clip_skip=clip_skip,
+            negative_prompt_embeds=negative_prompt_embeds, cross_attention_kwargs=cross_attention_kwargs,
             guidance_scale=guidance_scale, guidance_rescale=guidance_rescale, guidance_interval=guidance_interval,
             seed=seed, generator=generator, num_images_per_prompt=num_images_per_prompt,
             num_candidates=num_candidates, latents=latents, image=image, strength=strength, output_type=output_type,
@@ -147,35 +144,54 @@ class TextToImagePipeline(RepoLoading, DiffusionPipeline):
         """A call's arguments -> a `Preview` after each step, and at the end what the call returns."""
         return self._draw(self._checked(DrawingRequest(*args, **kwargs)), previews=True)
 
-    @property
-    def interrupt(self) -> bool:
-        """Set it to True, in a callback or between two previews, and the image is decoded as it is."""
-        return self._interrupt
-
-    @interrupt.setter
-    def interrupt(self, value: bool) -> None:
-        self._interrupt = value
+    @torch.no_grad()
+    def encode_prompt(
+        self, prompt: str | list[str] | None, device: torch.device | None = None, num_images_per_prompt: int = 1,
+        do_classifier_free_guidance: bool = True, negative_prompt: str | list[str] | None = None,
+        prompt_embeds: torch.Tensor | None = None, negative_prompt_embeds: torch.Tensor | None = None,
+        clip_skip: int | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
+        """Texts, or embeddings of them -> (those of the prompts, those of the negative prompts or None), both
+        (prompts · num_images_per_prompt, tokens, width), as stock Stable Diffusion gives them. Raises ValueError."""
+        request = DrawingRequest(
+            prompt, negative_prompt, prompt_embeds=prompt_embeds, negative_prompt_embeds=negative_prompt_embeds,
+            clip_skip=clip_skip, num_images_per_prompt=num_images_per_prompt,
+        )  # fmt: skip
+        request.check_texts()
+        device = self._execution_device if device is None else torch.device(device)
+        prompt_embeds = self._embed(request, device)
+        negative_prompt_embeds = self._embed_negatives(request, device) if do_classifier_free_guidance else None
+        return prompt_embeds, negative_prompt_embeds
 
     # From a request to images
 
     def _checked(self, request: DrawingRequest) -> DrawingRequest:
         """Raise ValueError for what cannot be drawn."""
-        for name in REQUIRED:
-            advice = f"load one and pipe.register_modules({name}={name})"
-            require(getattr(self, name) is not None, f"this pipeline has no {name}: {advice}.")
+        self._require("vae", "unet", "scheduler")
         request.check(self)
+        if request.prompts is not None or (request.guidance_scale > 1 and request.negative_prompt_embeds is None):
+            self._require("text_encoder", "tokenizer")
         if self.scheduler.config.get("clip_sample"):
             logger.warning("The scheduler's clip_sample is for pixels in [-1, 1], not for latents: it is turned off.")
             self.scheduler.register_to_config(clip_sample=False)
         return request
+
+    def _require(self, *names: str) -> None:
+        for name in names:
+            advice = f"load one and pipe.register_modules({name}={name})"
+            require(getattr(self, name) is not None, f"this pipeline has no {name}: {advice}.")
 
     @torch.no_grad()
     def _draw(self, request: DrawingRequest, previews: bool) -> Iterator[Any]:
         """The one way to an image: yields a Preview after each step if `previews`, and then the output."""
         with self._inferring():
             device = self._execution_device
+            self._begin(request)
             text = self._embed(request, device)
+            if self.do_classifier_free_guidance and request.guidance_interval[1] > 0:
+                text = torch.cat([self._embed_negatives(request, device), text])
             timesteps = self._timesteps(request, device)
+            self._num_timesteps = len(timesteps)
             start, encoded = self._start(request, timesteps, device)
             latents = start
             for step, latents, output in self._denoise(request, start, timesteps, text, previews):
@@ -188,7 +204,6 @@ class TextToImagePipeline(RepoLoading, DiffusionPipeline):
     def _inferring(self) -> Iterator[None]:
         """Every model in eval() meanwhile; afterwards modules that trained train again, and offloaded models are put
         away."""
-        self._interrupt = False
         models = [getattr(self, name) for name in (*REQUIRED, *EXTRA)]
         models = [model for model in models if isinstance(model, torch.nn.Module) and model.training]
         training = [module for model in models for module in model.modules() if module.training]
@@ -201,64 +216,45 @@ class TextToImagePipeline(RepoLoading, DiffusionPipeline):
                 module.training = True
             self.maybe_free_model_hooks()
 
-    def _guided(self, request: DrawingRequest) -> bool:
-        """Whether any step is guided: UNets that take the guidance scale as an input guide themselves."""
-        guides_itself = self.unet.config.time_cond_proj_dim is not None
-        return request.guidance_scale > 1 and not guides_itself and request.guidance_interval[1] > 0
-
     def _embed(self, request: DrawingRequest, device: torch.device) -> torch.Tensor:
-        """Embeddings (images drawn, tokens, width); under guidance those of the negative prompts come before them.
+        """The prompts' embeddings (images drawn, tokens, width). Sets the request's `captions`."""
+        states = request.prompt_embeds
+        if request.prompts is not None:
+            request.captions = self.captions(request.prompts, device)
+            states = self.embeddings(request.captions or request.prompts, device, request.clip_skip)
+        return self._for_each_image(request, states, device)
 
-        Sets the request's `captions`. Each text is encoded alone, and kept: it never depends on the others, and trying
-        seeds costs nothing.
-        """
-        encoder = self.text_encoder
-        version = sum(0 if weight.is_inference() else weight._version for weight in encoder.parameters())
-        source = (encoder, self.tokenizer, self.prior, encoder.dtype, device, version)
-        if source != self._texts_from:  # another component, dtype or device, or weights trained further
-            self._texts, self._texts_from = {}, source
-        read = [self._read(text, device) for text in request.prompts]
-        if self.prior is not None:
-            request.captions = [str(text.caption) for text in read]
-            read = [self._read(caption, device) for caption in request.captions]
-        negatives = [self._read(text, device) for text in request.negatives] if self._guided(request) else []
-        for text in list(self._texts)[:-CACHED_TEXTS]:
-            del self._texts[text]
-        states = torch.cat([text.states for text in (*negatives, *read)]).to(self.unet.dtype)
-        return states.repeat_interleave(request.candidates_per_prompt, dim=0)
+    def _embed_negatives(self, request: DrawingRequest, device: torch.device) -> torch.Tensor:
+        """The negative prompts' embeddings (images drawn, tokens, width)."""
+        states = request.negative_prompt_embeds
+        if states is None:
+            states = self.embeddings(request.negatives, device, request.clip_skip)
+        return self._for_each_image(request, states, device)
 
-    def _read(self, text: str, device: torch.device) -> EncodedText:
-        """A text, encoded once; warns of its end that was cut off."""
-        if text not in self._texts:
-            self._texts[text] = self._encode_text(text, device)
-        read = self._texts[text]
-        if read.cut:
-            tokens = read.states.shape[1]
-            logger.warning(f"The text encoder reads {tokens} tokens; this end of the prompt was cut off: {read.cut!r}")
-        return read
-
-    def _encode_text(self, text: str, device: torch.device) -> EncodedText:
-        tokenizer, config = self.tokenizer, self.text_encoder.config
-        positions = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 512
-        length = min(tokenizer.model_max_length, positions)
-        words = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
-        cut = tokenizer.decode(words[length - tokenizer.num_special_tokens_to_add() :]).strip()
-        tokens = tokenizer([text], padding="max_length", max_length=length, truncation=True, return_tensors="pt")
-        masked = getattr(config, "use_attention_mask", not config.model_type.startswith("clip"))
-        mask = tokens.attention_mask.to(device)
-        states = self.text_encoder(tokens.input_ids.to(device), attention_mask=mask if masked else None)[0]
-        mean = (states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
-        return EncodedText(states, cut, None if self.prior is None else self.prior(mean)[0])
+    def _for_each_image(self, request: DrawingRequest, states: Any, device: torch.device) -> torch.Tensor:
+        dtype = states.dtype if self.unet is None else self.unet.dtype
+        return states.to(device, dtype).repeat_interleave(request.candidates_per_prompt, dim=0)
 
     def _timesteps(self, request: DrawingRequest, device: torch.device) -> torch.Tensor:
         """The timesteps to visit: all, or the last fraction `strength` of them for an image."""
         scheduler, steps = self.scheduler, request.num_inference_steps
-        scheduler.set_timesteps(steps, device=device)
+        own = {name: getattr(request, name) for name in ("timesteps", "sigmas") if getattr(request, name) is not None}
+        asked = own or {"num_inference_steps": steps}
+        name, what = type(scheduler).__name__, " and ".join(f"{name}={value}" for name, value in asked.items())
+        try:
+            scheduler.set_timesteps(device=device, **asked)
+        except (ValueError, IndexError, AssertionError) as error:
+            raise ValueError(f"{name} cannot do {what}: {(str(error).splitlines() or ['no reason'])[0]}") from error
+        trained, timesteps = scheduler.config.get("num_train_timesteps"), scheduler.timesteps
+        good = trained is None or not len(timesteps) or timesteps.max() < trained
+        require(good, f"{name} cannot do {what}: its steps begin beyond the last that was trained: write fewer.")
+        if own:
+            steps = len(timesteps) if scheduler.order == 1 else len(own.get("timesteps", timesteps))
         kept = steps if request.pixels is None else int(steps * request.strength)
         first = (steps - kept) * scheduler.order
         if hasattr(scheduler, "set_begin_index"):
             scheduler.set_begin_index(first)
-        return scheduler.timesteps[first:] if kept else scheduler.timesteps[:0]
+        return timesteps[first:] if kept else timesteps[:0]
 
     def _start(
         self, request: DrawingRequest, timesteps: torch.Tensor, device: torch.device
@@ -286,28 +282,49 @@ class TextToImagePipeline(RepoLoading, DiffusionPipeline):
     ) -> Iterator[tuple[int, torch.Tensor, Any]]:  # fmt: skip
         """Yields, after each step, its count, the latents and what the scheduler returned (as an object if
         `previews`)."""
-        unet, scheduler, callback, total = self.unet, self.scheduler, request.callback_on_step_end, len(timesteps)
-        guides, (first, last) = self._guided(request), request.guidance_interval
-        conditional, scale_input = text[-len(latents) :], self._scale_input(request, latents)
+        unet, scheduler, total, (first, last) = self.unet, self.scheduler, len(timesteps), request.guidance_interval
+        scale_input = self._scale_input(request, latents)
         draws = "generator" in inspect.signature(scheduler.step).parameters
         options = {"return_dict": previews, **({"generator": request.generator} if draws else {})}
         with self.progress_bar(total=total) as progress:
             for i, t in enumerate(timesteps):
                 if self._interrupt:
                     break
-                guided = guides and first <= i / total < last
+                guided = self.do_classifier_free_guidance and first <= i / total < last
+                if guided and len(text) == len(latents):  # a callback began to guide
+                    text = torch.cat([self._embed_negatives(request, latents.device), text])
                 x = scheduler.scale_model_input(latents, t).to(unet.dtype)
-                x, states = (torch.cat([x, x]), text) if guided else (x, conditional)
-                noise = unet(x, t, encoder_hidden_states=states, timestep_cond=scale_input, return_dict=False)[0]
-                noise = noise.to(latents.dtype)
+                x, states = (torch.cat([x, x]), text) if guided else (x, text[-len(latents) :])
+                noise = unet(
+                    x, t, encoder_hidden_states=states, timestep_cond=scale_input,
+                    cross_attention_kwargs=self._cross_attention_kwargs, return_dict=False,
+                )[0].to(latents.dtype)  # fmt: skip
                 if guided:
-                    noise = guide(noise, request.guidance_scale, request.guidance_rescale)
+                    noise = guide(noise, self._guidance_scale, request.guidance_rescale)
                 output = scheduler.step(noise, t, latents, **options)
                 latents = output[0]
-                if callback is not None:
-                    latents = (callback(self, i, t, {"latents": latents}) or {}).get("latents", latents)
+                if request.callback_on_step_end is not None:
+                    latents, text = self._call_back(request, i, t, latents, text)
                 progress.update()
                 yield i + 1, latents, output
+
+    def _call_back(
+        self, request: DrawingRequest, step: int, timestep: torch.Tensor, latents: torch.Tensor, text: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The latents and embeddings that the callback wants. Raises ValueError where their counts do not fit."""
+        count = len(latents)
+        negative = text[:count] if len(text) == 2 * count else None
+        tensors = {"latents": latents, "prompt_embeds": text, "negative_prompt_embeds": negative}
+        shown = {name: tensors[name] for name in request.callback_on_step_end_tensor_inputs}
+        given = request.callback_on_step_end(self, step, timestep, shown) or {}  # type: ignore[misc]
+        latents, text = given.get("latents", latents), given.get("prompt_embeds", text)
+        text = text.expand(count, *text.shape[1:]) if len(text) == 1 else text
+        counts = f"the callback returned {len(text)} prompt_embeds for {count} images"
+        require(len(text) in (count, 2 * count), f"{counts}: return one for each, the negative ones before them.")
+        changed = given.get("negative_prompt_embeds", negative)
+        if changed is not negative and changed is not None:
+            text = torch.cat([changed, text[-count:]])
+        return latents, text
 
     def _scale_input(self, request: DrawingRequest, latents: torch.Tensor) -> torch.Tensor | None:
         """The guidance scale as an input, for UNets distilled to take it as one (Luo et al. 2023); None for others."""

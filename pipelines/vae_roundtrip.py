@@ -61,9 +61,7 @@ class VAERoundTripPipeline(DiffusionPipeline):
         self.register_modules(vae=vae)
 
     @classmethod
-    def from_pretrained(
-        cls, pretrained_model_name_or_path: Any, subfolder: str = "", **_: Any
-    ) -> VAERoundTripPipeline:
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, subfolder: str = "") -> VAERoundTripPipeline:
         """The pipeline for an autoencoder: its folder or Hub id, or `subfolder="vae"` of those of a pipeline."""
         from hf_ae.loading import load_autoencoder
 
@@ -79,13 +77,13 @@ class VAERoundTripPipeline(DiffusionPipeline):
         where the codec does.
         """
         from hf_ae.codec import compress, decompress
-        from hf_ae.models.image_processing import open_image
+        from hf_ae.models.image_processing import open_image, to_mode
 
         if unknown := sorted(set(others) - set(FORMATS)):
             raise ValueError(f"others={unknown} are not known: write some of {', '.join(FORMATS)}.")
         data = compress(self.vae, image, quality=quality, model_id="")
         back = decompress(data, self.vae)
-        original = open_image(image).convert(back.mode)
+        original = to_mode(open_image(image), len(back.getbands()))
         decoded = measure(original, back, len(data))
         rivals = {name: nearest_in_size(original, name, len(data)) for name in others}
         encoded = self.encode(original)

@@ -25,7 +25,7 @@ from transformers import T5Config, T5EncoderModel
 
 from hf_ae.pipelines import CaptionPrior, Preview, TextToImagePipeline
 from hf_ae.pipelines.drawing_request import CANDIDATE_STRIDE
-from hf_ae.pipelines.text_to_image import CACHED_TEXTS
+from hf_ae.pipelines.prompt_reading import CACHED_TEXTS
 
 
 @pytest.fixture

@@ -18,15 +18,14 @@ import torch
 from safetensors.torch import load, save_file
 
 from ..errors import require
-from .files import read_json, to_json
-from .remote_code import bundle, model_class, module_of
+from .files import read_json
+from .remote_code import model_class
 
 
 def save_pipeline(pipe: Any, folder: str | Path, dtype: str = "float32") -> None:
     """Write a complete pipeline folder, without its card. Weights are stored as `dtype` and load as what they are in
     `pipe`."""
     folder, stored = Path(folder), getattr(torch, dtype)
-    pipe.register_modules(**pipe.components)  # else diffusers leaves out what was assigned where there was nothing
     pipe.save_pretrained(folder)
     for name in components(folder):
         for path in (folder / name).glob("*.safetensors"):
@@ -62,13 +61,9 @@ def pipeline_classes() -> dict[str, type]:
 
 def write_pipeline_code(folder: Path) -> None:
     """Bring the code in a pipeline folder up to this version of the package. The weights stay."""
-    files = code_files(folder)
-    for file in files:
-        if file.endswith(".py") and "/" in file:  # save_pretrained of our models leaves all their modules
-            for path in (folder / file).parent.glob("*.py"):
-                path.unlink()
-    for file, text in files.items():
-        (folder / file).write_text(text)
+    from ..pipelines.repo_code import write_code
+
+    write_code(folder, code_files(folder))
 
 
 def has_pipeline_code(folder: Path) -> bool:
@@ -84,26 +79,15 @@ def code_files(folder: Path) -> dict[str, str]:
     """
     import diffusers
 
+    from ..pipelines import repo_code
+
     ours, index = pipeline_classes(), read_json(folder / "model_index.json")
-    files: dict[str, str] = {}
-    index.pop("_name_or_path", None)  # diffusers notes paths of the machine at hand
     name = index.get("_class_name", "")
     name = name[-1] if isinstance(name, list) else name
     known = name in ours or hasattr(diffusers, name)
     require(known, f"model_index.json: the pipeline {name!r} is neither of hf_ae.pipelines nor of diffusers.")
-    if name in ours:
-        index["_class_name"], files["pipeline.py"] = ["pipeline", name], bundle(module_of(ours[name]))
-    for part, (_, class_name) in components(folder).items():
-        config = read_json(folder / part / "config.json")
-        if class_name in ours:
-            module = module_of(ours[class_name])
-            index[part], files[f"{part}/{module.name}"] = [module.stem, class_name], bundle(module)
-        elif model := model_class(config):
-            stem = f"modeling_{config['model_type']}"
-            index[part], files[f"{part}/{stem}.py"] = [stem, model.__name__], bundle(module_of(model))
-            classes = {"AutoConfig": model.config_class, "AutoModel": model}
-            config["auto_map"] = {auto: f"{part}/{stem}.{cls.__name__}" for auto, cls in classes.items()}
-            files[f"{part}/config.json"] = to_json(config)
-        elif config.pop("_name_or_path", None):
-            files[f"{part}/config.json"] = to_json(config)
-    return {"model_index.json": to_json(index), **files}
+    parts = {
+        part: ours.get(class_name) or model_class(read_json(folder / part / "config.json"))
+        for part, (_, class_name) in components(folder).items()
+    }
+    return repo_code.code_files(folder, ours.get(name), parts)
