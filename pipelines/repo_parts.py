@@ -116,7 +116,10 @@ def load_registered(folder: Path, name: str, options: dict[str, Any]) -> dict[st
     if model_type in CONFIG_MAPPING:
         dtype = options.get("dtype", options.get("torch_dtype"))
         dtype = dtype.get(name, dtype.get("default", torch.float32)) if isinstance(dtype, dict) else dtype
-        return {name: AutoModel.from_pretrained(folder, subfolder=name, use_safetensors=True, dtype=dtype or "auto")}
+        variant = options.get("variant")
+        saved = variant is not None and any(path.parent.glob(f"*.{variant}*"))  # else, as in diffusers, without
+        fields = {"use_safetensors": True, "dtype": dtype or "auto", "variant": variant if saved else None}
+        return {name: AutoModel.from_pretrained(folder, subfolder=name, **fields)}
     unknown = f"{name} is a {model_type!r} model, which transformers does not know: import the package that defines it"
     allowed = model_type is None or options.get("trust_remote_code")
     require(allowed, f"{unknown} (import hf_ae), or pass trust_remote_code=True to run the repo's code.")

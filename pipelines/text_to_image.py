@@ -96,8 +96,9 @@ class TextToImagePipeline(DrawingState, PromptReading, RepoLoading, DiffusionPip
     def __call__(
         self, prompt: str | list[str] | None = None, negative_prompt: str | list[str] | None = None, *,
         height: int | None = None, width: int | None = None, num_inference_steps: int | None = None,
-        timesteps: Sequence[int] | None = None, sigmas: Sequence[float] | None = None, guidance_scale: float | None = None,
-        guidance_rescale: float = 0.0, guidance_interval: tuple[float, float] = (0.0, 1.0),
+        timesteps: Sequence[int] | None = None, sigmas: Sequence[float] | None = None,
+        guidance_scale: float | None = None, guidance_rescale: float = 0.0,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
         seed: int | list[int] | None = None, generator: torch.Generator | list[torch.Generator] | None = None,
         num_images_per_prompt: int = 1, num_candidates: int = 1, latents: torch.Tensor | None = None,
         image: Any = None, strength: float = 0.8, prompt_embeds: torch.Tensor | None = None,
