@@ -40,6 +40,8 @@ Network = Annotated[
 Tasks = Annotated[str | None, option("reconstruction,likelihood,compression,generation; default: the first three.")]
 Pipeline = Annotated[str | None, option("Folder or Hub id of a pipeline; default: emoji-text-to-image.", "--model")]
 Table = Annotated[Path | None, option("Table to write, .md or .json; a figure .png beside it.", "-o", "--output")]
+Device = Annotated[str | None, option("cuda, mps, xpu or cpu; default: the first that is there.")]
+Replace = Annotated[bool, option("Put these figures in the place of fuller ones.", "--replace")]
 OutputFile = Annotated[Path, option("File to write.", "-o", "--output")]
 
 
@@ -77,6 +79,8 @@ def evaluate(
     sampler: SamplerKind = None,
     label_column: LabelColumn = None,
     feature_network: Network = None,
+    device: Device = None,
+    replace: Replace = False,
 ) -> None:
     """Measure a model on a dataset, beside PCA; in a local folder, write metrics.json, figures and the card."""
     from hf_ae.evaluation import evaluate as evaluation
@@ -86,7 +90,8 @@ def evaluate(
     )
     how: dict[str, Any] = dict(tasks=tasks, samples=samples, max_images=max_images, binarize=binarize)
     generation: dict[str, Any] = dict(sampler=sampler, label_column=label_column, feature_network=feature_network)
-    metrics = evaluation.evaluate(model, dataset_name, **data, **how, **generation)
+    run: dict[str, Any] = dict(device=device, replace=replace)
+    metrics = evaluation.evaluate(model, dataset_name, **run, **data, **how, **generation)
     print(evaluation.summary(metrics))
     if Path(model).is_dir():
         print(f"Written to {model}: metrics.json, the card README.md and its figures")
@@ -105,13 +110,14 @@ def fit_sampler(
     max_images: MaxImages = None,
     binarize: Binarize = False,
     seed: Annotated[int, option("Of the mixture's start.")] = 0,
+    device: Device = None,
 ) -> None:
     """Fit a distribution to the latents of training images, to draw new images from, and save it beside the model."""
     from hf_ae.latents import sampling
 
     columns = (dataset_config_name, image_column, label_column)
     path = sampling.fit_sampler(
-        model, dataset_name, kind, components, train_split, *columns, max_images, binarize, seed
+        model, dataset_name, kind, components, train_split, *columns, max_images, binarize, seed, device
     )
     print(f"Written: {path}")
 
@@ -125,6 +131,7 @@ def compare(
     max_images: MaxImages = None,
     sampler: SamplerKind = None,
     feature_network: Network = None,
+    device: Device = None,
 ) -> None:
     """Measure several models on one dataset: one table of reconstruction, sample quality, mode coverage, speed and
     parameters."""
@@ -132,7 +139,7 @@ def compare(
 
     if output is not None:
         comparison.check_output(output)
-    table, figure = comparison.compare(models, dataset_name, split, max_images, sampler, feature_network)
+    table, figure = comparison.compare(models, dataset_name, split, max_images, sampler, feature_network, device)
     print(comparison.to_markdown(table))
     if output is not None:
         print("Written: " + ", ".join(map(str, comparison.write(table, figure, output))))
@@ -143,16 +150,17 @@ def reconstruct(
     images: Annotated[list[Path], typer.Argument(help="Image files.")],
     model: Model,
     output: OutputFile = Path("reconstruction.png"),
+    device: Device = None,
 ) -> None:
     """Send image files through a model and draw them beside what comes back."""
     from hf_ae.errors import user_input
     from hf_ae.evaluation.evaluate import reconstruct as reconstruct_images
-    from hf_ae.loading import load_model
+    from hf_ae.loading import load_model, pick_device
     from hf_ae.metrics import reconstruction_metrics
     from hf_ae.plots import labelled_rows
 
     check_image_path(output)
-    loaded, processor = load_model(model)
+    loaded, processor = load_model(model, pick_device(device))
     low, high = loaded.config.pixel_range
     with user_input():
         values = processor.preprocess(images, return_tensors="pt").pixel_values
@@ -165,15 +173,22 @@ def reconstruct(
 
 
 @app.command()
-def compress(image: ImageFile, model: Model, output: OutputFile, quality: Quality = None) -> None:
-    """Compress an image with an autoencoder into a small file that names the model."""
+def compress(
+    image: ImageFile, model: Model, output: OutputFile, quality: Quality = None, device: Device = None
+) -> None:
+    """Compress an image with an autoencoder into a small file that names the model: its Hub id, or a relative path as
+    it is written here."""
     check_folder_of(output)
     from hf_ae import codec
-    from hf_ae.loading import load_autoencoder
+    from hf_ae.loading import load_autoencoder, pick_device
 
-    data = codec.compress(load_autoencoder(model), image, quality, model_id=model)
+    name = codec.shared_name(model)
+    loaded = load_autoencoder(model, device=pick_device(device, float64=True))
+    data = codec.compress(loaded, image, quality, model_id=name)
     output.write_bytes(data)
     print(f"Written: {output}, {len(data):,} bytes")
+    if not name:
+        print("It names no model, since the path of this one is nobody else's business: decompress it with --model.")
 
 
 @app.command()
@@ -181,27 +196,39 @@ def decompress(
     file: Annotated[Path, typer.Argument(help="A file that hf-ae compress wrote.")],
     output: OutputFile,
     model: Annotated[str | None, option("Folder or Hub id; default: the model that the file names.")] = None,
+    device: Device = None,
 ) -> None:
     """Turn a compressed file back into an image."""
     check_image_path(output)
     check(file.is_file(), f"The file {file} does not exist.")
     from hf_ae import codec
-    from hf_ae.loading import load_autoencoder
+    from hf_ae.loading import load_autoencoder, pick_device
 
-    image = codec.decompress(file.read_bytes(), None if model is None else load_autoencoder(model))
+    data = file.read_bytes()
+    name = model or codec.unpack(data).model_id
+    check(bool(name), f"{file} names no model: write --model with the one it was made with.")
+    image = codec.decompress(data, load_autoencoder(name, device=pick_device(device, float64=True)))
     image.save(output)
     print(f"Written: {output}, {image.width}×{image.height} pixels")
 
 
 @app.command()
 def roundtrip(
-    image: ImageFile, model: Model, output: OutputFile = Path("roundtrip.png"), quality: Quality = None
+    image: ImageFile,
+    model: Model,
+    output: OutputFile = Path("roundtrip.png"),
+    quality: Quality = None,
+    device: Device = None,
 ) -> None:
     """Compress and decompress an image, and draw what comes back beside JPEG, WebP and AVIF of the same size."""
     check_image_path(output)
+    from hf_ae.errors import user_input
+    from hf_ae.loading import load_autoencoder, pick_device
     from hf_ae.pipelines import VAERoundTripPipeline
 
-    result = VAERoundTripPipeline.from_pretrained(model)(image, quality)
+    pipe = VAERoundTripPipeline(load_autoencoder(model, device=pick_device(device, float64=True)))
+    with user_input():
+        result = pipe(image, quality)
     for name, found in {model: result.decoded, **result.others}.items():
         quality_reached = f"PSNR {found.psnr:.2f} dB, SSIM {found.ssim:.3f}"
         print(f"{name}: {found.size:,} bytes, {found.bpp:.3f} bits per pixel, {quality_reached}")
@@ -226,12 +253,13 @@ def generate(
     scheduler: Annotated[str | None, option("A diffusers scheduler class; default: the pipeline's.")] = None,
     steps_grid: Annotated[str | None, option("Draw a sheet, one row for each: 10,15,20,30,40.")] = None,
     seeds: Annotated[int, option("Columns of the sheet.", min=1)] = 4,
+    device: Device = None,
 ) -> None:
     """Draw an image from a prompt with a text-to-image pipeline."""
     check_image_path(output)
     from hf_ae.diffusion.drawing import draw_images, steps_sheet, whole_numbers
     from hf_ae.errors import user_input
-    from hf_ae.loading import load_pipeline
+    from hf_ae.loading import load_pipeline, pick_device
     from hf_ae.models.image_processing import open_image, to_mode
 
     options: dict[str, Any] = dict(
@@ -241,7 +269,7 @@ def generate(
         with user_input():
             options |= dict(image=to_mode(open_image(image), 3), strength=strength)
     counts = None if steps_grid is None else whole_numbers(steps_grid)
-    pipe = load_pipeline(model, scheduler)
+    pipe = load_pipeline(model, scheduler, pick_device(device))
     if counts:
         steps_sheet(pipe, prompt, counts, seed, seeds, options).save(output)
     else:
@@ -262,7 +290,7 @@ def push(
     that it carries, and upload it in one commit."""
     from hf_ae.hub.push import check_folder, push_folder
 
-    files = check_folder(folder)
+    files = check_folder(folder, dry_run)
     address = push_folder(folder, repo, private, dry_run)
     print("\n".join(f"  {name}" for name in files))
     print(f"{'Checked, nothing uploaded' if dry_run else 'Uploaded'}: {len(files)} files, {address}")
@@ -280,10 +308,12 @@ def demo(
 
 
 def check_image_path(path: Path) -> None:
-    """Raise ValueError unless `path` can be written as an image."""
+    """Raise ValueError unless `path` can be written as an image; there are formats that Pillow only reads."""
     from PIL import Image
 
-    check(path.suffix.lower() in Image.registered_extensions(), f"{path} has no ending of an image, such as .png.")
+    kind = Image.registered_extensions().get(path.suffix.lower())  # which calls Image.init
+    check(kind is not None, f"{path} has no ending of an image, such as .png.")
+    check(kind in Image.SAVE, f"Pillow reads {kind} images and writes none: write {path.with_suffix('.png')}.")
     check_folder_of(path)
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, RevisionResolutionError, StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoImageProcessor, AutoModel
 from transformers.utils import logging
@@ -25,18 +26,80 @@ DEFAULT_PIPELINE = CHECKOUT / "model_cards" / "emoji-text-to-image"
 """The text-to-image pipeline that a checkout carries."""
 
 
+HTTP_ERROR: Any = HfHubHTTPError.__bases__[0]
+"""Of the HTTP client that this version of huggingface_hub uses."""
+HUB_ERRORS: tuple[type[Exception], ...] = (
+    OSError, ValueError, HTTP_ERROR, RevisionResolutionError, EntryNotFoundError,
+)  # fmt: skip
+"""What huggingface_hub raises where the Hub refuses or does not answer, or a name is none of a repository."""
+LOADING_ERRORS: tuple[type[Exception], ...] = (
+    *HUB_ERRORS, SafetensorError, StrictDataclassError, KeyError, TypeError, AttributeError, RuntimeError, EOFError,
+    ImportError,
+)  # fmt: skip
+"""What transformers, diffusers and huggingface_hub raise for a checkpoint that is not there, damaged or of another
+kind."""
+
+
 @contextlib.contextmanager
 def opening(what: str, name: str | Path) -> Iterator[None]:
     """Open a checkpoint inside: any error becomes a ValueError that names `what` it is and the folder or Hub id."""
     good = Path(name).is_dir() or str(name).count("/") == 1
     require(good, f"The {what} {name} is neither a folder nor a Hub id (owner/name).")
+    try:
+        with quiet():
+            yield
+    except SafetensorError as error:
+        raise UserError(f"The {what} {name} is damaged: {first_line(error)}") from error
+    except LOADING_ERRORS as error:
+        raise UserError(f"The {what} {name} cannot be loaded: {first_line(error)}") from error
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without the progress bars of transformers, which show again afterwards where they did before."""
+    shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
         yield
-    except SafetensorError as error:
-        raise UserError(f"The {what} {name} is damaged: {first_line(error)}") from error
-    except Exception as error:  # not there, offline, of another kind: each library has its own exceptions
-        raise UserError(f"The {what} {name} cannot be loaded: {first_line(error)}") from error
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+@contextlib.contextmanager
+def eval_mode(model: torch.nn.Module) -> Iterator[None]:
+    """A model in eval mode; afterwards each of its modules is in the mode it was in."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def pick_device(name: str | None = None, float64: bool = False) -> torch.device:
+    """The device of this name (`cuda`, `cuda:1`, `mps`, `xpu`, `cpu`); default: the first of these that is there.
+
+    float64: for work that needs it, which mps cannot do. Raises ValueError where the device is not there.
+    """
+    there = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available() and not float64,
+        "xpu": torch.xpu.is_available(),
+        "cpu": True,
+    }
+    if name is None:
+        return torch.device(next(kind for kind, found in there.items() if found))
+    found = [kind for kind, good in there.items() if good]
+    kind, _, index = name.partition(":")
+    require(kind in there, f"device={name!r} is not known: write one of {', '.join(there)}.")
+    require(kind != "mps" or not float64, "The codec computes in float64, which mps has not: write --device cpu.")
+    require(kind in found, f"There is no {kind} on this machine: write one of {', '.join(found)}.")
+    count = torch.cuda.device_count() if kind == "cuda" else 1
+    require(not index or (index.isdecimal() and int(index) < count), f"There is no device {name!r}.")
+    return torch.device(name)
 
 
 def load_model(
@@ -50,7 +113,9 @@ def load_model(
         return model.eval().to(device), AutoImageProcessor.from_pretrained(name)
 
 
-def load_autoencoder(name: str | Path, subfolder: str = "", dtype: torch.dtype = torch.float32) -> Any:
+def load_autoencoder(
+    name: str | Path, subfolder: str = "", dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> Any:
     """A model of this family, or diffusers' AutoencoderKL or AutoencoderTiny, in eval mode. Raises ValueError.
 
     `subfolder`: where the folder or Hub id is that of a pipeline, such as "vae".
@@ -63,10 +128,13 @@ def load_autoencoder(name: str | Path, subfolder: str = "", dtype: torch.dtype =
         ours = str(config.get("model_type")).startswith("hf_ae_")
         kind: Any = AutoModel if ours else kinds.get(str(config.get("_class_name")))
         require(kind, f"it is none of hf_ae's models, {' or '.join(kinds)}.")
-        return kind.from_pretrained(name, subfolder=subfolder, dtype=dtype, use_safetensors=True).eval()
+        model = kind.from_pretrained(name, subfolder=subfolder, dtype=dtype, use_safetensors=True)
+        return model.eval().to(device)
 
 
-def load_pipeline(name: str | Path | None = None, scheduler: str | None = None) -> Any:
+def load_pipeline(
+    name: str | Path | None = None, scheduler: str | None = None, device: torch.device | str = "cpu"
+) -> Any:
     """The text-to-image pipeline of a folder or Hub id, with another diffusers scheduler where asked. Raises
     ValueError.
 
@@ -80,7 +148,7 @@ def load_pipeline(name: str | Path | None = None, scheduler: str | None = None) 
     require(found, "Which pipeline? Write --model with a folder or a Hub id.")
     name = DEFAULT_PIPELINE if name is None else name
     with opening("pipeline", name):
-        pipe = TextToImagePipeline.from_pretrained(name)
+        pipe = TextToImagePipeline.from_pretrained(name).to(device)
     if scheduler is not None:
         kind = getattr(diffusers, scheduler, None)
         good = isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)

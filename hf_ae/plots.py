@@ -83,20 +83,20 @@ def latent_plane(
     latents: (images, 2). labels: whole numbers from 0, (images,), or None. decoded: (rows·rows, channels, height,
     width), rows from the top. extent: (x low, x high, y low, y high) of both halves.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    from matplotlib import colormaps
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
 
     sheet = image_grid(decoded, round(len(decoded) ** 0.5), cell=decoded.shape[-2], gap=0)
     inches = (2 * size / 100, size / 100)
-    figure, (left, right) = plt.subplots(1, 2, figsize=inches, dpi=100, layout="constrained")
+    figure = Figure(figsize=inches, dpi=100, layout="constrained")  # pyplot is the caller's
+    left, right = figure.subplots(1, 2)
     points = dict(s=3, alpha=0.7, linewidths=0)
     if labels is None:
         left.scatter(latents[:, 0], latents[:, 1], **points)
     else:
         top = max(labels) + 1
-        colours = plt.get_cmap("tab10" if top <= 10 else "nipy_spectral", top)
+        colours = colormaps["tab10" if top <= 10 else "nipy_spectral"].resampled(top)
         limits = dict(cmap=colours, vmin=-0.5, vmax=top - 0.5)
         scattered = left.scatter(latents[:, 0], latents[:, 1], c=labels, **points, **limits)
         ticks = range(0, top, max(1, top // 10))
@@ -109,5 +109,4 @@ def latent_plane(
     for axis in (left, right):
         axis.set_box_aspect(1)
         axis.set_aspect("auto")
-    figure.savefig(path)
-    plt.close(figure)
+    FigureCanvasAgg(figure).print_figure(path)

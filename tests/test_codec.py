@@ -158,7 +158,7 @@ def another_process(tmp_path_factory):
     forge_files(folder / "forged")
     images = write_files_with_two_threads(folder / "threads")
     child = """
-import json, resource, sys, time, torch, zlib
+import json, os, resource, sys, time, torch, zlib
 from pathlib import Path
 from PIL import Image
 import hf_ae
@@ -178,7 +178,8 @@ for path in sorted((folder / "forged").glob("*.hfae")):
     forged.append([path.name, outcome, time.perf_counter() - started, memory])
 for count in (1, 2):
     torch.set_num_threads(count)
-    images = [decompress(path.read_bytes()) for path in sorted((folder / "threads").glob("*.hfae"))]
+    os.chdir(folder / "threads")
+    images = [decompress(path.read_bytes()) for path in sorted(Path(".").glob("*.hfae"))]
     checksums.append([zlib.crc32(image.tobytes()) for image in images])
 print(json.dumps([forged, checksums]))
 """
@@ -209,7 +210,8 @@ def write_files_with_two_threads(folder: Path) -> list[Image.Image]:
     torch.set_num_threads(2)
     try:
         loaded = load_autoencoder(folder / "model")
-        files = compress_batch(loaded, [smooth_image(160 + 9 * s, 90, "RGB", s) for s in range(4)], quality=0.9)
+        pictures = [smooth_image(160 + 9 * s, 90, "RGB", s) for s in range(4)]
+        files = compress_batch(loaded, pictures, quality=0.9, model_id="model")
         images = decompress_batch(files, loaded)
     finally:
         torch.set_num_threads(threads)
@@ -340,13 +342,14 @@ def run_cli(*words):
     return end.value.code
 
 
-def test_command_line_round_trip_and_its_errors(tmp_path, capsys):
+def test_command_line_round_trip_and_its_errors(tmp_path, capsys, monkeypatch):
     folder, image, file = tmp_path / "model", tmp_path / "in.png", tmp_path / "out.hfae"
     model = rgb_model()
     model.save_pretrained(folder)
     hf_ae.AutoencoderImageProcessor.from_config(model.config).save_pretrained(folder)
     smooth_image(mode="RGB").save(image)
-    assert run_cli("compress", image, "-o", file, "--model", folder, "--quality", 0.8) == 0
+    monkeypatch.chdir(tmp_path)
+    assert run_cli("compress", image, "-o", file, "--model", "model", "--quality", 0.8) == 0
     assert run_cli("decompress", file, "-o", tmp_path / "back.png") == 0
     assert Image.open(tmp_path / "back.png").size == (61, 40)
     capsys.readouterr()

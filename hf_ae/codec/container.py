@@ -10,7 +10,7 @@ all bytes but the last.
 | 1-5 | width, varint |
 | 1-5 | height, varint |
 | 3 | fingerprint: the first bytes of the SHA-256 over the weights and tables that decoding uses |
-| 0-256 | where the file names its model: length of the id in bytes, 1 byte; the id, UTF-8: a Hub id or a folder |
+| 0-256 | where the file names its model: length of the id in bytes, 1 byte; the id, UTF-8: of the Hub, or relative |
 | … | the method's parameters, then its entropy-coded symbols (see the `method_…` modules and `entropy_coder`) |
 | 4 | CRC-32 of everything before |
 """
@@ -27,7 +27,7 @@ VERSION = 1
 METHODS = ("hyperprior", "latents", "palette", "indices")
 MODES = ("L", "RGB")
 MAX_PIXELS = 2**26
-"""Larger images are refused before anything is allocated."""
+"""Larger images, padded as the model works on them, are refused before anything is allocated."""
 FINGERPRINT_BYTES = 3
 
 

@@ -47,6 +47,13 @@ def stride_of(model: Any) -> int:
     return 2 ** (len(config.block_out_channels) - 1)
 
 
+def padded_pixels(model: Any, width: int, height: int, positions: int = 1) -> int:
+    """Pixels that the model works on for an image of so many, where it takes whole groups of `positions` × `positions`
+    of the latents."""
+    unit = positions * max(stride_of(model), 1)
+    return -(-width // unit) * -(-height // unit) * unit**2
+
+
 def check_size(model: Any, size: Sequence[int], error: type[ValueError] = ValueError) -> None:
     """Raise `error` where a model with vector latents does not take images of this height and width."""
     if not stride_of(model) and list(size) != model.config.image_hw:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..data import ImagesInMemory, evaluation_split, image_column, open_dataset, pick_split
 from ..errors import UserError, require
-from ..loading import load_model, load_pipeline, pipeline_image_processor
+from ..loading import load_model, load_pipeline, pick_device, pipeline_image_processor
 from ..metrics import reconstruction_metrics
 from ..plots import labelled_rows
 from .evaluate import reconstruct
@@ -33,19 +33,20 @@ Row = dict[str, Any]
 
 def compare(
     models: Sequence[str], dataset_name: str, split: str | None = None, max_images: int | None = None,
-    sampler: str | None = None, feature_network: str | None = None,
+    sampler: str | None = None, feature_network: str | None = None, device: str | None = None,
 ) -> tuple[dict[str, Row], dict[str, Tensor]]:  # fmt: skip
     """({model: its row of the table}, rows of the figure). Raises ValueError where a model or the data cannot be
     loaded.
 
     A row holds reconstruction errors; FID, KID, precision, recall and coverage of as many samples as there are images;
     times. A model that cannot be sampled has no such figures, and says why in `note`. The row `REAL` is the floor:
-    training images against the evaluated ones. `sampler` as in `hf-ae evaluate`. A text-to-image pipeline draws the
-    captions, or the names of the classes, of the dataset.
+    images of the split `train` against the evaluated ones; it is left out where there is no other split. `sampler` as
+    in `hf-ae evaluate`. A text-to-image pipeline draws the captions, or the names of the classes, of the dataset.
     """
     splits = open_dataset(dataset_name)
-    rows = pick_split(splits, evaluation_split(splits, split))
-    loaded = [load(m) for m in models]
+    evaluated = evaluation_split(splits, split)
+    rows = pick_split(splits, evaluated)
+    loaded = [load(m, pick_device(device)) for m in models]
     names = [Path(m).name if Path(m).is_dir() else m for m in models]
     names = list(models) if len(set(names)) < len(names) else names
     network = load_feature_network(feature_network)
@@ -53,10 +54,12 @@ def compare(
     figure: dict[str, Tensor] = {}
     for folder, name, (model, processor, is_pipeline) in zip(models, names, loaded):
         column, limit = image_column(rows), min(max_images or IMAGES, IMAGES)
-        real, train = (
-            ImagesInMemory.load(part, column, processor, limit=limit).pixels.float() / 255
-            for part in (rows, splits.get("train", rows))
-        )
+        real = ImagesInMemory.load(rows, column, processor, limit=limit).pixels.float() / 255
+        train = None
+        if "train" in splits:
+            same = evaluated == "train"
+            part = None if same else ImagesInMemory.load(splits["train"], column, processor, limit=limit)
+            train = real if part is None else part.pixels.float() / 255
         captions = captions_of(rows) if is_pipeline else None
         table[name], images = measure(model, folder, sampler, real, train, network, captions)
         floor = table[name].pop("floor", None)
@@ -70,16 +73,16 @@ def compare(
     return table, {title: images for title, images in figure.items() if images.shape[1:] == shape}
 
 
-def load(name: str) -> tuple[Any, Any, bool]:
+def load(name: str, device: torch.device | str = "cpu") -> tuple[Any, Any, bool]:
     """(model or text-to-image pipeline, its image processor, whether it is a pipeline)."""
     if (Path(name) / "model_index.json").is_file():
-        pipe = load_pipeline(name)
+        pipe = load_pipeline(name, device=device)
         return pipe, pipeline_image_processor(pipe), True
-    return *load_model(name), False
+    return *load_model(name, device), False
 
 
 def measure(
-    model: Any, folder: str, sampler: str | None, real: Tensor, train: Tensor, network: torch.nn.Module,
+    model: Any, folder: str, sampler: str | None, real: Tensor, train: Tensor | None, network: torch.nn.Module,
     captions: Sequence[str] | None = None,
 ) -> tuple[Row, dict[str, Tensor]]:  # fmt: skip
     """(row of the table, images) of one model, or of a pipeline that draws `captions`."""
@@ -98,14 +101,20 @@ def measure(
         row["code_size"] = math.prod(autoencoder.config.latent_shape)
     try:
         if captions is None:
-            pixels = (train * 255).round().to(torch.uint8)
-            generator = model_generator(model, find_sampler(model, folder, sampler, lambda: pixels))
+            generator = model_generator(model, find_sampler(model, folder, sampler, lambda: eight_bit_pixels(train)))
         else:
             generator = pipeline_generator(model, captions)
-        found, images["sampled"] = measure_generation(generator, real, train, network)
+        found, images["sampled"] = measure_generation(generator, real, None if train is real else train, network)
     except UserError as error:
         return {**row, "note": str(error)}, images
     return {**row, **found, "ms_per_sample": 1000 * found["seconds_per_image"]}, images
+
+
+def eight_bit_pixels(train: Tensor | None) -> Tensor:
+    """Training images in 0…1 as uint8. Raises ValueError where there are none."""
+    if train is None:
+        raise UserError("The dataset has no split 'train' to fit a sampler on.")
+    return (train * 255).round().to(torch.uint8)
 
 
 def to_markdown(table: dict[str, Row]) -> str:

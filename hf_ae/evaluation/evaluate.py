@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from dataclasses import dataclass, field
 from functools import partial
@@ -28,8 +27,7 @@ from ..data import (
 )
 from ..errors import UserError, require
 from ..hub.cards import write_card
-from ..hub.files import read_json
-from ..loading import load_model, load_pipeline, pipeline_image_processor
+from ..loading import load_model, load_pipeline, pick_device, pipeline_image_processor
 from ..metrics import pca_reconstruction, reconstruction_metrics
 from ..models.image_processing import open_image, to_mode
 from ..models.quantizers import usage_and_perplexity
@@ -37,6 +35,7 @@ from ..plots import image_grid, labelled_rows, latent_plane
 from .feature_network import load_feature_network
 from .generation import IMAGES, captions_of, find_sampler, measure_generation, model_generator, pipeline_generator
 from .likelihood import LIKELIHOODS, importance_weighted_bound
+from .record import own_random_numbers, save_metrics
 
 TASKS = ("reconstruction", "likelihood", "compression", "generation")
 QUALITIES = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -86,7 +85,9 @@ class Request:
 
     def command(self) -> str:
         """The command line that measures this."""
-        words = ["hf-ae evaluate", Path(self.model).name, "--dataset_name", self.dataset_name]
+        folder = Path(self.model)
+        words = ["hf-ae evaluate", folder.resolve().name if folder.is_dir() else self.model]
+        words += ["--dataset_name", self.dataset_name]
         for spec in dataclasses.fields(self)[2:]:
             value = getattr(self, spec.name)
             if value != spec.default:
@@ -126,18 +127,22 @@ class Data:
             return None
 
 
-def evaluate(model: str | Path, dataset_name: str, save: bool = True, **options: Any) -> dict[str, Any]:
+def evaluate(
+    model: str | Path, dataset_name: str, save: bool = True, device: str | None = None, replace: bool = False,
+    **options: Any,
+) -> dict[str, Any]:  # fmt: skip
     """Measure a model (folder or Hub id) on a dataset; `options` are the other fields of `Request`. Raises ValueError.
 
     reconstruction: error, PSNR and SSIM, beside PCA with as many components; for a denoising model also from damaged
     images. likelihood (VAEs): bounds on log p(x). compression (compressive models): files at five qualities.
-    generation (only where asked for): generated images against real ones. Returns what metrics.json holds; in a local
-    folder it also writes metrics.json, figures and the card.
+    generation (only where asked for): generated images against real ones. Returns what was measured; in a local folder
+    it also writes metrics.json, figures and the card. Figures there that were taken on more images stay, unless
+    `replace`. device: see `hf_ae.loading.pick_device`.
     """
     request, folder = Request(str(model), str(dataset_name), **options), Path(model)
     if (folder / "model_index.json").is_file():
-        return evaluate_pipeline(request, save)
-    loaded, processor = load_model(model, "cuda" if torch.cuda.is_available() else "cpu")
+        return evaluate_pipeline(request, save, device, replace)
+    loaded, processor = load_model(model, pick_device(device, float64=True))
     tasks, data = applicable(loaded, request), Data(request, processor)
     pixels = data.pixels(data.split, request.max_images)
     metrics: dict[str, Any] = {
@@ -153,22 +158,25 @@ def evaluate(model: str | Path, dataset_name: str, save: bool = True, **options:
     if "compression" in tasks:
         count = min(request.max_images or 500, len(data.rows))
         metrics["compression"] = compression(loaded, data.rows, data.column, count)
-    save = save and folder.is_dir()
+    images = None
     if "generation" in tasks:
         found, images = generation(loaded, data, pixels[:IMAGES])
         metrics["generation"] = {**found, "command": request.command()}
-        if save:
+    if save and folder.is_dir():
+        written = save_metrics(folder, metrics, replace)
+        if images is not None and "generation" in written:
             image_grid(images[:80], 20, folder / "samples.png", cell=48)
-    if save:
-        save_results(folder, loaded, metrics, rows, data, pixels)
+        if "reconstruction" in written:
+            draw_results(folder, loaded, rows, data, pixels)
+        write_card(folder)
     return metrics
 
 
-def evaluate_pipeline(request: Request, save: bool) -> dict[str, Any]:
+def evaluate_pipeline(request: Request, save: bool, device: str | None, replace: bool) -> dict[str, Any]:
     """The task `generation` of a text-to-image pipeline that draws the captions of the evaluated split; its other
     figures in metrics.json stay."""
     require(request.asked == ["generation"], f"{request.model} is a text-to-image pipeline: write --tasks generation.")
-    pipe = load_pipeline(request.model)
+    pipe = load_pipeline(request.model, device=pick_device(device))
     data = Data(request, pipeline_image_processor(pipe))
     limit, captions = min(request.max_images or IMAGES, len(data.rows)), captions_of(data.rows)
     real, train = (data.pixels(split, limit).float() / 255 for split in (data.split, request.train_split))
@@ -176,11 +184,10 @@ def evaluate_pipeline(request: Request, save: bool) -> dict[str, Any]:
     found, images = measure_generation(pipeline_generator(pipe, captions[:limit]), real, train, network)
     features = request.feature_network or "hf_ae"
     metrics = {"generation": {**found, "features": features, "command": request.command()}}
-    if save:
-        path = Path(request.model) / "metrics.json"
-        write_json(path, {**read_json(path), **metrics})
-        image_grid(images[:64], 8, path.with_name("samples-of-captions.png"), cell=64)
-        write_card(request.model)
+    folder = Path(request.model)
+    if save and save_metrics(folder, metrics, replace):
+        image_grid(images[:64], 8, folder / "samples-of-captions.png", cell=64)
+        write_card(folder)
     return metrics
 
 
@@ -259,10 +266,10 @@ def use_of_codes(model: Any, pixels: Tensor) -> dict[str, dict[str, float]]:
 
 def likelihood(model: Any, pixels: Tensor, samples: int) -> dict[str, Any]:
     """Bounds on log p(x), averaged over the images."""
-    torch.manual_seed(0)
     values = to_pixel_values(pixels, model.device, model.config.pixel_range)
     bar = partial(tqdm, desc="likelihood", mininterval=1.0, leave=False)
-    elbo, bound = importance_weighted_bound(model, values, samples, bar)
+    with own_random_numbers(model.device):
+        elbo, bound = importance_weighted_bound(model, values, samples, bar)
     return {
         "model": LIKELIHOODS[model.config.reconstruction_loss], "elbo": elbo.mean().item(),
         "log_likelihood_bound": bound.mean().item(), "samples": samples, "images": len(pixels),
@@ -299,26 +306,12 @@ def generation(model: Any, data: Data, pixels: Tensor) -> tuple[dict[str, Any], 
     return {**metrics, "features": request.feature_network or "hf_ae"}, images
 
 
-def save_results(
-    folder: Path, model: Any, metrics: dict[str, Any], rows: dict[str, Tensor], data: Data, pixels: Tensor
-) -> None:
-    """metrics.json, figures and the card. A task that was not asked for keeps its earlier result."""
-    old = read_json(folder / "metrics.json")
-    if all(old.get(k) == metrics[k] for k in ("dataset", "split", "images", "binarized")):
-        alone = "generation" in metrics and not any(task in metrics for task in TASKS[:-1])
-        command = {"command": old["command"]} if alone and "command" in old else {}
-        metrics = {**old, **metrics, **command}
-    write_json(folder / "metrics.json", metrics)
-    if rows:
-        labelled_rows(rows, folder / "reconstructions.png")
+def draw_results(folder: Path, model: Any, rows: dict[str, Tensor], data: Data, pixels: Tensor) -> None:
+    """The figures of the task `reconstruction`, beside the model."""
+    labelled_rows(rows, folder / "reconstructions.png")
     if model.config.latent_shape == [2]:
         labels = data.labels(data.split, "label")
         draw_plane(model, pixels.float() / 255, labels, folder / "latent_plane.png")
-    write_card(folder)
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 @torch.no_grad()

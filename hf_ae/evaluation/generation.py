@@ -15,6 +15,7 @@ from ..errors import require
 from ..latents.sampling import KINDS, Sampler, encode_all, fit, sample, sampler_file
 from .feature_network import FeatureNetwork, features_of
 from .fidelity import accuracy, distances, train_classifier
+from .record import own_random_numbers
 
 IMAGES = 10_000
 """Images to generate, where there are as many real ones."""
@@ -79,17 +80,17 @@ def find_sampler(
 
 
 def measure_generation(
-    generator: ImageGenerator, real: Tensor, train: Tensor, network: torch.nn.Module, labels: Tensor | None = None,
-    train_labels: Tensor | None = None,
+    generator: ImageGenerator, real: Tensor, train: Tensor | None, network: torch.nn.Module,
+    labels: Tensor | None = None, train_labels: Tensor | None = None,
 ) -> tuple[dict[str, Any], Tensor]:  # fmt: skip
     """(metrics, generated images): as many images as there are of `real` (images, channels, height, width), in 0…1.
 
     fid, kid, precision, recall, density, coverage in features of `network`; `floor`: the same for as many training
-    images, which no generator should beat by much; seconds_per_image. A generator with classes is asked for them in
-    turn; with the `labels` (images,) of `real` and of `train` also classification_accuracy: of a classifier trained on
-    generated images alone, on `real` (Ravuri and Vinyals 2019; floor: trained on real ones), and asked_class: the
-    fraction of generated images that the classifier trained on real ones gives the class that was asked for (Shmelkov
-    et al. 2018; floor: that of `real`).
+    images, which no generator should beat by much, left out without `train`; seconds_per_image. A generator with
+    classes is asked for them in turn; with the `labels` (images,) of `real` and of `train` also
+    classification_accuracy: of a classifier trained on generated images alone, on `real` (Ravuri and Vinyals 2019;
+    floor: trained on real ones), and asked_class: the fraction of generated images that the classifier trained on real
+    ones gives the class that was asked for (Shmelkov et al. 2018; floor: that of `real`).
     """
     asked = torch.arange(len(real)) % generator.num_classes if generator.num_classes else None
     started = time.perf_counter()
@@ -98,13 +99,15 @@ def measure_generation(
     wanted = features_of(network, real)
     metrics: dict[str, Any] = {"images": len(real), "sampler": generator.name}
     metrics |= distances(wanted, features_of(network, images)) | {"seconds_per_image": seconds / len(images)}
+    if train is None:
+        return metrics, images
     metrics["floor"] = distances(wanted, features_of(network, train[: len(real)]))
     if asked is not None and labels is not None and train_labels is not None:
         classes = int(max(labels.max(), asked.max())) + 1
 
         def classifier(shown: Tensor, shown_labels: Tensor) -> FeatureNetwork:
-            torch.manual_seed(0)
-            return train_classifier(FeatureNetwork(classes, real.shape[1]), shown, shown_labels)
+            with own_random_numbers():
+                return train_classifier(FeatureNetwork(classes, real.shape[1]), shown, shown_labels)
 
         of_generated, of_real = classifier(images, asked), classifier(train, train_labels)
         metrics["classification_accuracy"] = accuracy(of_generated, real, labels)

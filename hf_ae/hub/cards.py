@@ -9,16 +9,13 @@ from typing import Any
 
 import yaml
 from huggingface_hub import ModelCardData
-from huggingface_hub.repocard_data import EvalResult
 from safetensors.torch import load_file
 
+from .card_parts import body_of, front_matter, merged_front, with_section
+from .eval_results import METRIC_NAMES, hub_id, model_index, write_eval_results
 from .files import read_json
 from .pipeline_folder import components
 
-METRIC_NAMES = {
-    "mse": "MSE", "squared_error_per_image": "squared error per image", "psnr": "PSNR (dB)", "ssim": "SSIM",
-    "log_likelihood_bound": "bound on log p(x) (nats)",
-}  # fmt: skip
 TITLES = {
     "hf_ae_autoencoder": "An autoencoder", "hf_ae_sparse": "A sparse autoencoder",
     "hf_ae_denoising": "A denoising autoencoder", "hf_ae_contractive": "A contractive autoencoder",
@@ -44,9 +41,11 @@ RECIPES = (("recipe.yaml", "train", "## Training"), ("recipe-prior.yaml", "train
 
 
 def write_card(folder: str | Path) -> Path:
-    """Write `folder`/README.md from what lies beside it: the configuration, recipes, metrics.json and figures.
+    """Write `folder`/README.md, and `.eval_results`, from what lies beside it: the configuration, recipes,
+    metrics.json and figures.
 
-    A hand-written section "## Notes" of an earlier card is kept, and its licence.
+    Only the marked section is written anew; what a person wrote around it stays, with the licence and all fields of
+    the front matter that are not ours.
     """
     folder = Path(folder)
     name, path = folder.resolve().name, folder / "README.md"
@@ -55,33 +54,26 @@ def write_card(folder: str | Path) -> Path:
         file: yaml.safe_load((folder / file).read_text()) for file, _, _ in RECIPES if (folder / file).is_file()
     }
     metrics = read_json(folder / "metrics.json")
-    dataset = recipes.get("recipe.yaml", {}).get("dataset_name") or metrics.get("dataset")
+    recipe = recipes.get("recipe.yaml") or {}
+    dataset = recipe.get("dataset_name") or metrics.get("dataset")
     is_pipeline = (folder / "model_index.json").is_file()
     front, sections = (pipeline_card if is_pipeline else model_card)(folder, name, metrics, dataset)
-    if license := front_matter(old).get("license"):
-        front["license"] = license
     local = str(dataset).startswith("outputs/") or Path(str(dataset)).exists()
     if dataset and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", dataset) and not local:
         front["datasets"] = [dataset]
+    sources = [recipe.get(field) for field in ("pretrained_model", "pretrained_pipeline", "vae", "text_encoder")]
+    if bases := [source for source in sources if hub_id(source)]:
+        front["base_model"] = bases
     for file, script, title in RECIPES:
         if file in recipes:
             script = "train_latent_diffusion" if is_pipeline else script
             text = yaml.safe_dump(recipes[file], sort_keys=False)
             sections.append(f"{title}\n\n```\naccelerate launch -m hf_ae.{script} {file}\n```\n\n```yaml\n{text}```")
-    if notes := re.search(r"^## Notes\n.*", old, re.S | re.M):
-        sections.append(notes.group(0).strip())
-    path.write_text(f"---\n{ModelCardData(**front).to_yaml()}\n---\n\n" + "\n\n".join([f"# {name}", *sections]) + "\n")
+    data = ModelCardData(**merged_front(front_matter(old), front))
+    text = with_section(body_of(old), name, "\n\n".join(sections), MADE_WITH)
+    path.write_text(f"---\n{data.to_yaml()}\n---\n\n{text}\n")
+    write_eval_results(folder, metrics)
     return path
-
-
-def front_matter(card: str) -> dict[str, Any]:
-    """The fields at the top of a card, {} where there are none."""
-    found = re.match(r"---\n(.*?)\n---\n", card, re.S)
-    try:
-        fields = yaml.safe_load(found.group(1)) if found else None
-    except yaml.YAMLError:
-        fields = None
-    return fields if isinstance(fields, dict) else {}
 
 
 def figures(folder: Path, captions: dict[str, str]) -> list[str]:
@@ -111,7 +103,8 @@ def model_card(
     kind = config.get("model_type", "")
     tags = ["hf_ae", "autoencoder", kind.removeprefix("hf_ae_")]
     front: dict[str, Any] = dict(license="apache-2.0", library_name="transformers", tags=tags)
-    front |= dict(model_name=name, eval_results=eval_results(metrics)) if metrics else {}
+    front["pipeline_tag"] = "image-to-image" if kind == "hf_ae_denoising" else "image-feature-extraction"
+    front |= dict(model_name=name, eval_results=model_index(metrics)) if metrics else {}
     sections = [summary(config, dataset), *figures(folder, FIGURES), MODEL_USE.format(name=name)]
     sections += [GENERATE_USE] if config.get("prior_layers") else []
     sections += [CODEC_USE.format(name=name), *rivals(metrics)] if kind == "hf_ae_compressive" else []
@@ -165,7 +158,7 @@ On the command line:
 
 ```
 hf-ae compress image.png -o image.hfae --model {name}
-hf-ae decompress image.hfae -o image.png
+hf-ae decompress image.hfae -o image.png --model {name}
 ```"""
 
 
@@ -246,18 +239,6 @@ def generation(found: dict[str, Any]) -> list[str]:
             f"real ones {real:.1%}; that one gives {found['asked_class']:.1%} of the generated ones the asked class."
         )
     return [title, markdown_table(["", *GENERATION.values()], rows), text, printed_by(found["command"])]
-
-
-def eval_results(metrics: dict[str, Any]) -> list[EvalResult]:
-    """metrics.json -> the card's model-index."""
-    values = {**metrics.get("reconstruction", {})}
-    if "likelihood" in metrics:
-        values["log_likelihood_bound"] = metrics["likelihood"]["log_likelihood_bound"]
-    task: dict[str, Any] = dict(task_type="image-reconstruction", task_name="Image reconstruction")
-    data = metrics["dataset"]
-    task |= dict(dataset_type=data, dataset_name=data, dataset_split=metrics["split"])
-    each = ((key, METRIC_NAMES[key], round(value, 6)) for key, value in values.items())
-    return [EvalResult(**task, metric_type=key, metric_name=name, metric_value=value) for key, name, value in each]
 
 
 # A pipeline

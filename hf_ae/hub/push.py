@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import os
 import re
+import shutil
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,15 +14,19 @@ from typing import Any
 from huggingface_hub import HfApi
 
 from ..errors import UserError, first_line, require
+from ..loading import HUB_ERRORS, LOADING_ERRORS
 from ..training.arguments import TrainingArguments, write_recipe
 from ..training.output_folder import end_run
-from .cards import front_matter, write_card
+from .card_parts import front_matter
+from .cards import write_card
+from .eval_results import check_eval_results
+from .files import read_json
 from .pipeline_folder import components, has_pipeline_code, pipeline_classes, write_pipeline_code
 from .remote_code import has_model_code, write_model_code
 
 ALLOWED = (
     r"README\.md|recipe[\w-]*\.yaml|(model_index|config|preprocessor_config|metrics)\.json|\.gitattributes"
-    r"|[a-z_]+\.py|[\w-]+\.(png|jpg)"
+    r"|[a-z_]+\.py|[\w-]+\.(png|jpg)|\.eval_results/[\w.-]+\.yaml"
 )
 WEIGHTS = r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?|sampler\.safetensors"
 """At the top of a model folder."""
@@ -30,8 +37,10 @@ SPACE_FILES = (
     r"|examples/[\w-]+\.(png|jpg)"
 )
 SPACE_CARD = ["title", "sdk", "sdk_version", "app_file", "license"]
-RUN_FILES = re.compile(r"(checkpoint-\d+|samples|latents|logs|__pycache__|\..*)/|\.hf_ae_run")
+RUN_FILES = re.compile(r"(checkpoint-\d+|samples|latents|logs|__pycache__|\.(?!eval_results/).*)/|\.hf_ae_run")
 """What a training run leaves beside the model: never uploaded."""
+LIBRARIES = ("diffusers", "transformers")
+"""What the components of a pipeline may come from, beside hf_ae: nothing else is imported by a name in a file."""
 
 
 def refresh(folder: str | Path) -> None:
@@ -48,17 +57,53 @@ def write_code(folder: Path) -> None:
         write_model_code(folder)
 
 
-def check_folder(folder: str | Path) -> list[str]:
+def check_folder(folder: str | Path, dry_run: bool = False) -> list[str]:
     """The files of a model, pipeline or Space folder to upload. Raises ValueError where one is missing, broken or does
     not belong.
 
-    Code that the folder should carry and that is not there is written.
+    Code that the folder should carry and that is not there is written; with `dry_run` into a copy, so that the folder
+    stays as it is.
     """
     folder = Path(folder)
     require(folder.is_dir(), f"{folder} is no folder.")
     if is_space(folder):
         return check_space(folder)
+    if not dry_run:
+        return check_model_folder(folder)
+    with tempfile.TemporaryDirectory() as place:
+        copy = Path(place) / (folder.resolve().name or "model")
+        shutil.copytree(folder, copy, ignore=ignored_files(folder), copy_function=copy_or_link)
+        try:
+            return check_model_folder(copy)
+        except UserError as error:
+            raise UserError(str(error).replace(str(copy), str(folder))) from error
+
+
+def ignored_files(folder: Path) -> Callable[[str, list[str]], set[str]]:
+    """What a copy of the folder leaves out: all that a run leaves."""
+
+    def ignored(place: str, names: list[str]) -> set[str]:
+        top = Path(place).relative_to(folder).as_posix()
+        return {n for n in names if top == "." and RUN_FILES.match(f"{n}/" if Path(place, n).is_dir() else n)}
+
+    return ignored
+
+
+def copy_or_link(source: str, target: str) -> None:
+    """A copy of a file; of weights, which are large and never written, a link."""
+    if source.endswith(".safetensors"):
+        os.symlink(Path(source).resolve(), target)
+    else:
+        shutil.copy2(source, target)
+
+
+def check_model_folder(folder: Path) -> list[str]:
+    """`check_folder` of a model or a pipeline."""
     is_pipeline = (folder / "model_index.json").is_file()
+    kind = read_json(folder / "config.json").get("model_type")
+    foreign = not is_pipeline and kind is not None and not str(kind).startswith("hf_ae_")
+    takes = "hf-ae push takes models of hf_ae, pipelines with one inside, and Spaces"
+    require(not foreign, f"{folder} holds a {kind!r} model, and {takes}: upload others with hf upload.")
     parts = components(folder) if is_pipeline else {"": ("transformers", "AutoModel")}
     needed = [f"{name}/" for name in parts] if is_pipeline else ["config.json", "preprocessor_config.json"]
     check_there(folder, [*needed, "README.md"])
@@ -69,6 +114,7 @@ def check_folder(folder: str | Path) -> list[str]:
     inside = rf"({'|'.join(parts)})/{COMPONENT_FILES}" if is_pipeline else WEIGHTS
     check_stray(folder, files, rf"{ALLOWED}|{inside}", "a model repository")
     check_card(folder / "README.md", ["tags"] if is_pipeline else ["license", "tags"])
+    check_eval_results(folder)
     for name, (library, class_name) in parts.items():
         check_loads(folder / name, library, class_name)
     return files
@@ -124,17 +170,34 @@ def check_card(path: Path, needed: Sequence[str]) -> None:
     require(complete, f"The card {path} is not complete: {', '.join(lacking) or 'text'} is missing from it.")
 
 
+def component_class(library: str, class_name: str) -> Any:
+    """The class of a pipeline's component, of hf_ae or of LIBRARIES. Raises ValueError for any other."""
+    from transformers import AutoModel
+
+    if library.startswith("modeling_hf_ae_"):
+        return AutoModel
+    if ours := pipeline_classes().get(class_name):
+        return ours
+    known = f"components come from {', '.join(LIBRARIES)} or hf_ae"
+    require(library in LIBRARIES, f"model_index.json names the library {library!r}, and {known}.")
+    cls = getattr(importlib.import_module(library), class_name, None)
+    loads = isinstance(cls, type) and hasattr(cls, "from_pretrained")
+    require(loads, f"model_index.json names {library}.{class_name}, which is no class that loads a component.")
+    return cls
+
+
 def check_loads(folder: Path, library: str, class_name: str) -> None:
-    """Raise ValueError unless the folder loads as that class, a model with every weight from the file."""
+    """Raise ValueError unless the folder loads as that class, a model from safetensors with every weight from the
+    file."""
     import torch
     from transformers import AutoModel
 
+    cls = component_class(library, class_name)
+    is_model = cls is AutoModel or issubclass(cls, torch.nn.Module)
+    options: dict[str, Any] = {"output_loading_info": True, "use_safetensors": True} if is_model else {}
     try:
-        ours: Any = AutoModel if library.startswith("modeling_hf_ae_") else pipeline_classes().get(class_name)
-        cls = ours or getattr(importlib.import_module(library), class_name)
-        is_model = cls is AutoModel or issubclass(cls, torch.nn.Module)
-        loaded = cls.from_pretrained(folder, **({"output_loading_info": True} if is_model else {}))
-    except Exception as error:
+        loaded = cls.from_pretrained(folder, **options)
+    except LOADING_ERRORS as error:
         raise UserError(f"The model in {folder} does not load: {first_line(error)}") from error
     info = loaded[1] if is_model else {}
     kinds = [kind for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") if info.get(kind)]
@@ -148,20 +211,22 @@ def push_folder(folder: str | Path, repo: str, private: bool = False, dry_run: b
 
     Nothing is uploaded when the check fails (ValueError) or with `dry_run`; nothing is committed when nothing changed.
     """
-    files = check_folder(folder)
+    files = check_folder(folder, dry_run)
     api, header = HfApi(), front_matter((Path(folder) / "README.md").read_text())
     kind, prefix = ("space", "spaces/") if header.get("sdk") else ("model", "")
     if dry_run:
         return f"{api.endpoint}/{prefix}{repo}"
-    message = "Upload with hf_ae"
     try:
         created = api.create_repo(repo, repo_type=kind, private=private, exist_ok=True, space_sdk=header.get("sdk"))
+    except HUB_ERRORS as error:  # refused, offline, no such host, no name of a repository
+        raise UserError(f"Nothing was uploaded, and {repo} was not created: {first_line(error)}") from error
+    try:
         repo = created.repo_id
-        api.upload_folder(
-            folder_path=folder, repo_id=repo, repo_type=kind, allow_patterns=files, commit_message=message
-        )
-    except Exception as error:  # refused, offline, or no such host: each client library has its own exceptions
-        raise UserError(f"Nothing was uploaded to {repo}; {folder} is as it was: {first_line(error)}") from error
+        where: dict[str, Any] = dict(repo_id=repo, repo_type=kind, commit_message="Upload with hf_ae")
+        api.upload_folder(folder_path=folder, allow_patterns=files, **where)
+    except HUB_ERRORS as error:
+        said = f"The repository {repo} is there, but no file was uploaded to it"
+        raise UserError(f"{said}: {first_line(error)}") from error
     return f"{api.endpoint}/{prefix}{repo}"
 
 
@@ -179,5 +244,5 @@ def check_login() -> None:
     """Raise ValueError unless the Hub can be reached with a valid token."""
     try:
         HfApi().whoami()
-    except Exception as error:
+    except HUB_ERRORS as error:
         raise UserError(f"push_to_hub needs a login (hf auth login) and the Hub: {first_line(error)}") from error

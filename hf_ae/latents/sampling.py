@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -25,7 +25,7 @@ from ..data import (
 )
 from ..data import image_column as find_image_column
 from ..errors import UserError, first_line, require
-from ..loading import load_model
+from ..loading import eval_mode, load_model, pick_device
 
 KINDS = ("prior", "gaussian", "mixture")
 MOST_VALUES = 4096
@@ -97,7 +97,7 @@ class Sampler:
                 notes = file.metadata()
             shape = [int(size) for size in notes["code_shape"].split(",")]
             return prior(shape) if notes["kind"] == "prior" else cls(notes["kind"], **tensors, latent_shape=shape)
-        except Exception as error:  # damaged: what is wrong shows in many ways
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:  # damaged
             raise UserError(f"The sampler of {name} cannot be read ({first_line(error)}): {advice}.") from error
 
 
@@ -182,12 +182,12 @@ def fit_group(flat: Tensor, kind: str, components: int, seed: int) -> tuple[Tens
 def encode_all(model: Any, pixels: Tensor) -> Tensor:
     """uint8 images -> latents as the decoder got them in training, on the CPU: of a VAE draws of each image's
     posterior (their means alone lie too close together), with the same noise at every call."""
-    model.eval()
     generator, latents = torch.Generator().manual_seed(0), []
-    for part in each_batch(pixels):
-        encoded = model.encode(to_pixel_values(part, model.device, model.config.pixel_range))
-        drawn = encoded.latent_dist.sample(generator) if model.can_sample else encoded.latents
-        latents.append(drawn.float().cpu())
+    with eval_mode(model):
+        for part in each_batch(pixels):
+            encoded = model.encode(to_pixel_values(part, model.device, model.config.pixel_range))
+            drawn = encoded.latent_dist.sample(generator) if model.can_sample else encoded.latents
+            latents.append(drawn.float().cpu())
     return torch.cat(latents)
 
 
@@ -219,10 +219,10 @@ def sample(model: Any, n: int, sampler: Sampler | None = None, seed: int = 0, la
 def fit_sampler(
     name: str | Path, dataset_name: str, kind: str = "mixture", components: int = 10, train_split: str = "train",
     dataset_config_name: str | None = None, image_column: str | None = None, label_column: str | None = None,
-    max_images: int | None = None, binarize: bool = False, seed: int = 0,
+    max_images: int | None = None, binarize: bool = False, seed: int = 0, device: str | None = None,
 ) -> Path:  # fmt: skip
     """Fit a sampler to the latents of training images and write it beside the model in the folder `name`."""
-    model, processor = load_model(name)
+    model, processor = load_model(name, pick_device(device))
     require(
         Path(name).is_dir(), f"{name} is no folder: the sampler is written beside the model, so download it first."
     )
