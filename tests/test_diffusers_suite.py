@@ -1,4 +1,4 @@
-"""diffusers' own common tests of pipelines over ours, and those of Stable Diffusion with our VAE in place of theirs."""
+"""diffusers' own common tests of pipelines over ours, and those of Stable Diffusion with our VAE for theirs."""
 
 import importlib.util
 import sys
