@@ -1,4 +1,4 @@
-"""What a pipeline's own save_pretrained and push_to_hub write loads where hf_ae is not installed, and is saved there."""
+"""What save_pretrained and push_to_hub of a pipeline write: it loads without hf_ae, and is saved there again."""
 
 import json
 import subprocess

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from tiny_pipelines import PROMPT, SIDE, components, pipeline
+from tiny_pipelines import PROMPT, SIDE, TOKENS, components, pipeline
 
 from hf_ae.pipelines import TextToImagePipeline
 
-PICTURE = torch.zeros(3, SIDE, SIDE)
+PICTURE, TEXT = torch.zeros(3, SIDE, SIDE), torch.zeros(1, TOKENS, 16)
 BAD = {
     "empty prompt": ({"prompt": " "}, "prompt=' ' says nothing to draw"),
     "one empty prompt": ({"prompt": ["a cat", ""]}, "none of them empty"),
@@ -46,6 +46,39 @@ BAD = {
     "image channels": ({"image": PICTURE[:1]}, r"image has shape \(1, 16, 16\)"),
     "image range": ({"image": PICTURE - 1}, r"image has values from -1 to -1: pass values in \[0, 1\]"),
     "images": ({"image": [PICTURE] * 2}, "2 images for 1 prompts"),
+    "steps beyond training": (
+        {"num_inference_steps": 1001},
+        "num_inference_steps=1001: the scheduler was trained with 1000 steps: write at most as many",
+    ),
+    "timesteps": ({"timesteps": [900, 300]}, "DDIMScheduler takes no timesteps: write num_inference_steps="),
+    "sigmas": ({"sigmas": [14.0, 0.1]}, "DDIMScheduler takes no sigmas"),
+    "timesteps rise": ({"timesteps": [1, 2]}, r"timesteps=\[1, 2\] must be a list of falling numbers of at most 999"),
+    "timesteps beyond training": ({"timesteps": [1000]}, "must be a list of falling numbers of at most 999"),
+    "timesteps empty": ({"timesteps": []}, "must be a list of falling numbers"),
+    "timesteps no list": ({"timesteps": 5}, "timesteps=5 must be a list"),
+    "timesteps and sigmas": ({"timesteps": [1], "sigmas": [0.1]}, "timesteps and sigmas both say where to step"),
+    "prompt and embeddings": ({"prompt_embeds": TEXT}, "prompt and prompt_embeds both say what to draw"),
+    "no prompt": ({"prompt": None}, "prompt=None says nothing to draw"),
+    "embeddings": ({"prompt": None, "prompt_embeds": TEXT[0]}, r"prompt_embeds must be a tensor \(prompts, tokens"),
+    "embeddings' width": (
+        {"prompt": None, "prompt_embeds": TEXT[..., :9]},
+        "prompt_embeds have width 9, but the denoiser reads 16",
+    ),
+    "negatives and embeddings": (
+        {"negative_prompt": "a", "negative_prompt_embeds": TEXT},
+        "negative_prompt and negative_prompt_embeds both",
+    ),
+    "negative embeddings": (
+        {"negative_prompt_embeds": torch.cat([TEXT] * 2)},
+        "2 negative_prompt_embeds for 1 prompts",
+    ),
+    "embeddings do not match": (
+        {"prompt": None, "prompt_embeds": TEXT, "negative_prompt_embeds": TEXT[:, 1:]},
+        r"negative_prompt_embeds have shape \(1, 11, 16\), but prompt_embeds \(1, 12, 16\)",
+    ),
+    "layers": ({"clip_skip": -1}, "clip_skip=-1 must be a whole number of layers, or None"),
+    "attention": ({"cross_attention_kwargs": 3}, "cross_attention_kwargs=3 must be a dictionary"),
+    "image nan": ({"image": PICTURE * float("nan")}, "image has values from nan to nan"),
     "callback tensors": ({"callback_on_step_end_tensor_inputs": ["noise_pred"]}, "a callback gets"),
 }
 
