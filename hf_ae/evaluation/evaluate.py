@@ -181,7 +181,8 @@ def evaluate_pipeline(request: Request, save: bool, device: str | None, replace:
     limit, captions = min(request.max_images or IMAGES, len(data.rows)), captions_of(data.rows)
     real, train = (data.pixels(split, limit).float() / 255 for split in (data.split, request.train_split))
     network = load_feature_network(request.feature_network)
-    found, images = measure_generation(pipeline_generator(pipe, captions[:limit]), real, train, network)
+    others = train if request.train_split != data.split else None
+    found, images = measure_generation(pipeline_generator(pipe, captions[:limit]), real, others, network)
     features = request.feature_network or "hf_ae"
     metrics = {"generation": {**found, "features": features, "command": request.command()}}
     folder = Path(request.model)
@@ -302,7 +303,8 @@ def generation(model: Any, data: Data, pixels: Tensor) -> tuple[dict[str, Any], 
     real, train = pixels.float() / 255, data.pixels(split, len(pixels)).float() / 255
     labels = None if labels is None else labels[: len(real)]
     train_labels = None if train_labels is None else train_labels[: len(train)]
-    metrics, images = measure_generation(generator, real, train, network, labels, train_labels)
+    others = train if split != data.split else None  # images beside themselves are no floor
+    metrics, images = measure_generation(generator, real, others, network, labels, train_labels)
     return {**metrics, "features": request.feature_network or "hf_ae"}, images
 
 
@@ -343,7 +345,7 @@ def summary(metrics: dict[str, Any]) -> str:
         sizes = f"{v['bytes']:.0f} bytes  {v['bpp']:.4f} bits per pixel"
         lines.append(f"quality {quality:4}  {sizes}  PSNR {v['psnr']:.2f} dB")
     if generated := metrics.get("generation"):
-        for title, row in (("generated", generated), ("real", generated["floor"])):
-            figures = (f"  {name} {value:.4g}" for name, value in row.items() if isinstance(value, float))
-            lines.append(f"{title:10}" + "".join(figures))
+        for title, row in (("generated", generated), ("real", generated.get("floor", {}))):
+            figures = "".join(f"  {name} {value:.4g}" for name, value in row.items() if isinstance(value, float))
+            lines += [f"{title:10}{figures}"] if figures else []
     return "\n".join(lines)

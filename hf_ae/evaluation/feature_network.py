@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from ..errors import require
 from ..loading import opening
+from .record import own_random_numbers
 
 WEIGHTS = Path(__file__).with_name("feature_network.safetensors")
 SHA256 = "2b0b73ccb5bce2208305b027050277d3df6e0c5bdd9d44f6adfd7e1510557c3d"
@@ -80,7 +81,8 @@ def load_feature_network(name: str | None = None) -> nn.Module:
     data = WEIGHTS.read_bytes() if WEIGHTS.is_file() else b""
     good = hashlib.sha256(data).hexdigest() == SHA256
     require(good, f"{WEIGHTS.name} is not the file that this version was released with: install hf_ae again.")
-    network = FeatureNetwork()
+    with own_random_numbers():  # its first weights are random
+        network = FeatureNetwork()
     network.load_state_dict(load(data))
     return network.eval()
 

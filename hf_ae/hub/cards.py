@@ -229,10 +229,10 @@ def generation(found: dict[str, Any]) -> list[str]:
     network = "the feature network of hf_ae" if found["features"] == "hf_ae" else f"`{found['features']}`"
     source = f"Generated images ({found['images']:,}, sampled from: {found['sampler']}), in features of {network}"
     title = f"{source}; figures in other features, such as Inception's, cannot be compared:"
-    sides = {"generated": found, "real, of the training split": found["floor"]}
+    sides = {"generated": found} | ({"real, of the training split": found["floor"]} if "floor" in found else {})
     rows = [[name, *(f"{values[key]:.3g}" for key in GENERATION)] for name, values in sides.items()]
     text = f"{found['seconds_per_image'] * 1000:.3g} ms an image."
-    if "asked_class" in found:
+    if "asked_class" in found and "floor" in found:
         right, real = found["classification_accuracy"], found["floor"]["asked_class"]
         text += (
             f" A classifier trained on generated images alone gets {right:.1%} of the real ones right, one trained on "
