@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import os
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor
 
@@ -29,17 +32,21 @@ from hf_ae.data import (
     to_pixel_values,
 )
 from hf_ae.errors import UserError, one_line_errors, require, user_input
+from hf_ae.hub.cards import write_card
 from hf_ae.hub.push import check_login, publish
+from hf_ae.hub.remote_code import carried_code
 from hf_ae.loading import load_model
 from hf_ae.plots import labelled_rows
-from hf_ae.training.arguments import TrainingArguments, flag, parse_arguments, parse_overrides
-from hf_ae.training.checkpoints import load_checkpoint, save_checkpoint, save_model
+from hf_ae.training.arguments import TrainingArguments, flag, parse_arguments, parse_overrides, write_recipe
+from hf_ae.training.checkpoints import keep, load_checkpoint, save_model
 from hf_ae.training.collapse import Watch, generative_collapse
-from hf_ae.training.layerwise import pretrain_layerwise
+from hf_ae.training.layerwise import check_network, pretrain_layerwise
 from hf_ae.training.optimizers import averaged
 from hf_ae.training.output_folder import begin_run, check_request
+from hf_ae.training.processes import on_main
 from hf_ae.training.run import Run
-from hf_ae.training.tracking import log_evaluation, log_step, make_accelerator, show_samples
+from hf_ae.training.start import training
+from hf_ae.training.tracking import log_evaluation, log_step, show_samples
 
 MEASURED = ("metrics.json", "reconstructions.png", "latent_plane.png", "samples.png", "sampler.safetensors")
 """Files that tell of earlier weights."""
@@ -86,11 +93,16 @@ def main(argv: list[str] | None = None) -> None:
 
 def train(args: ImageTrainingArguments) -> None:
     """Everything from the flags to a finished model folder."""
-    model = make_model(args)
     if args.push_to_hub:
         check_login()
     resume_from = check_request(args, {})
-    accelerator = make_accelerator(args)
+    with training(args) as accelerator:
+        train_model(args, accelerator, resume_from)
+
+
+def train_model(args: ImageTrainingArguments, accelerator: Accelerator, resume_from: Path | None) -> None:
+    """The same where the output folder is this training's own."""
+    model = make_model(args)
     processor = hf_ae.AutoencoderImageProcessor.from_config(model.config)
     images, held_out = load_images(args, processor, progress=accelerator.is_main_process)
     if accelerator.is_main_process:
@@ -104,14 +116,15 @@ def train(args: ImageTrainingArguments) -> None:
         pretrain_layerwise(model, images.pixels, args, args.pretrain_layerwise_epochs, accelerator.print)
     batches = 0 if args.streaming else images.num_batches(args.train_batch_size, accelerator.num_processes)
     data = {"streaming": args.streaming, "images": None if args.streaming else len(images)}
-    run = Run(args, accelerator, model, batches, data)
-    if resume_from is not None:
-        load_checkpoint(run, resume_from)
-    take_steps(args, run, images, held_out)
-    if args.streaming and images.decode.skipped:
-        skipped = f"Skipped {images.decode.skipped} images of the stream that cannot be read, repeats included."
-        accelerator.print(skipped)
-    finish(args, run, processor, images)
+    if args.streaming:
+        data["shuffle_buffer_size"] = args.shuffle_buffer_size
+    with Run(args, accelerator, model, batches, data) as run:
+        if resume_from is not None:
+            load_checkpoint(run, resume_from)
+        take_steps(args, run, images, held_out)
+        if args.streaming and images.skipped:
+            accelerator.print(f"Skipped {images.skipped} images of the stream that cannot be read, repeats included.")
+        finish(args, run, processor, images)
 
 
 def take_steps(args: ImageTrainingArguments, run: Run, images: Any, held_out: Tensor | None) -> None:
@@ -131,8 +144,7 @@ def take_steps(args: ImageTrainingArguments, run: Run, images: Any, held_out: Te
                 if run.every(args.logging_steps):
                     log_step(run, output)
                     watch(run.progress.step)
-                if run.every(args.checkpointing_steps):
-                    save_checkpoint(run)
+                keep(run)
             if not run.unfinished:
                 break
         else:
@@ -156,6 +168,8 @@ def make_model(args: ImageTrainingArguments) -> Any:
     square = config.image_hw[0] == config.image_hw[1]
     size = f"image_size={config.image_size} must be square: use random_flip"
     require(square or not args.random_symmetry, f"random_symmetry turns images by 90°, so {size}.")
+    if args.pretrain_layerwise_epochs:
+        check_network(config)
     model = cls(config)
     if source is not None:
         try:
@@ -170,35 +184,38 @@ def load_images(args: ImageTrainingArguments, processor: Any, progress: bool) ->
     """Training images (in memory or streamed), and uint8 evaluation images or None."""
     splits = open_dataset(str(args.dataset_name), args.dataset_config_name, args.streaming)
     rows = pick_split(splits, args.train_split)
+    name = (args.eval_split or held_out_name(splits)) if args.validation_epochs else None
+    held_out = None if name is None else pick_split(splits, name)
     column, skip, limit = image_column(rows, args.image_column), args.skip_broken_images, args.max_train_samples
+    advice = "Leave such rows out with --skip_broken_images."
     images: Any
     if args.streaming:
-        images = ImageStream(rows, column, processor, skip, limit, args.shuffle_buffer_size)
+        images = ImageStream(rows, column, processor, skip, limit, args.shuffle_buffer_size, advice)
     else:
         kind = RandomCrops if args.random_crop else ImagesInMemory
-        images = kind.load(rows, column, processor, skip, limit, progress)
-    name = args.eval_split or held_out_name(splits)
-    if not args.validation_epochs or name is None:
+        images = kind.load(rows, column, processor, skip, limit, progress, advice)
+    if held_out is None:
         if args.validation_epochs and progress:
             only = ", ".join(splits)
             print(f"The dataset has only {only}: training without evaluation (--eval_split names another split).")
         return images, None
-    rows = pick_split(splits, name)
-    pixels = ImagesInMemory.load(rows, column, processor, skip, args.max_eval_samples, progress).pixels
+    pixels = ImagesInMemory.load(held_out, column, processor, skip, args.max_eval_samples, progress, advice).pixels
     return images, binarized_once(pixels) if args.binarize else pixels
 
 
 @torch.no_grad()
 def validate(run: Run, pixels: Tensor) -> None:
-    """Losses on held-out images, and a figure of some of them, with the averaged weights if there are any."""
+    """Losses on held-out images, and a figure of some of them, with the averaged weights if there are any. Of a model
+    that denoises: losses on images that are always damaged in the same way."""
     accelerator, model = run.accelerator, run.bare_model.eval()
     totals: dict[str, float] = {}
     latents = None  # of the first batch
-    with averaged(model, run.ema):
+    how = {"corrupt": True} if model.can_denoise else {}
+    with averaged(model, run.ema), fixed_random(accelerator.device):
         for batch in each_batch(pixels):
             values = to_pixel_values(batch, accelerator.device, model.config.pixel_range)
             with accelerator.autocast():
-                output = model(values)
+                output = model(values, **how)
             latents = output.latents if latents is None else latents
             for name, term in {**output.losses, **(output.measures or {})}.items():
                 totals[name] = totals.get(name, 0.0) + float(term) * len(batch) / len(pixels)
@@ -208,6 +225,14 @@ def validate(run: Run, pixels: Tensor) -> None:
     for warning in generative_collapse(model, totals, latents):
         run.print(f"warning: {warning}")
     show_samples(run, partial(labelled_rows, samples))
+
+
+@contextlib.contextmanager
+def fixed_random(device: torch.device) -> Iterator[None]:
+    """Always the same random numbers inside; outside they go on as if there had been none."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(0)
+        yield
 
 
 def draw_samples(model: Any, values: Tensor) -> dict[str, Tensor]:
@@ -229,40 +254,56 @@ def draw_samples(model: Any, values: Tensor) -> dict[str, Tensor]:
 def count_codes(model: Any, images: Any, most: int = 10_000) -> None:
     """How often up to `most` training images use each codeword: the frequencies that the codec codes indices with."""
     size = min(64, most)
-    for pixels in itertools.islice(images.batches(size, epoch=0), most // size):
+    for pixels in itertools.islice(images.batches(size, epoch=0, full=False), most // size):
         values = to_pixel_values(pixels, model.device, model.config.pixel_range)
         model.count_indices(model.eval().encode(values).indices)
 
 
 @torch.no_grad()
 def latent_scale(model: Any, images: Any, most: int = 1024) -> float:
-    """1 / standard deviation of the latents of up to `most` training images: a VAE's `scaling_factor`."""
-    latents = []
-    for pixels in itertools.islice(images.batches(min(64, most), epoch=0), most // 64):
+    """1 / standard deviation of the latents of up to `most` training images: a VAE's `scaling_factor`. Of one number
+    alone it is 1."""
+    latents, size = [], min(64, most)
+    for pixels in itertools.islice(images.batches(size, epoch=0, full=False), most // size):
         values = to_pixel_values(pixels, model.device, model.config.pixel_range)
         latents.append(model.eval().encode(values).latents)
-    return round(1 / torch.cat(latents).std().clamp(min=1e-6).item(), 6)
+    values = torch.cat(latents)
+    return round(1 / values.std().clamp(min=1e-6).item(), 6) if values.numel() > 1 else 1.0
 
 
 def finish(args: ImageTrainingArguments, run: Run, processor: Any, images: Any) -> None:
     """Save the final model as a complete model repository, and push it where that is asked."""
-    accelerator, model, folder = run.accelerator, run.bare_model, Path(args.output_dir)
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
+
+    def complete() -> None:
+        model, folder = run.bare_model, Path(args.output_dir)
         if run.ema is not None:
             run.ema.copy_to(model.parameters())
         for name in MEASURED:
             (folder / name).unlink(missing_ok=True)
-        if model.can_sample and model.config.latent_channels is not None:
-            model.config.scaling_factor = latent_scale(model, images)
-        if model.has_discrete_codes:
-            count_codes(model, images)
+        old_code = set(carried_code(folder))
         save_model(model, folder, args.save_dtype)
         processor.save_pretrained(folder)
+        for path in old_code.difference(carried_code(folder)):
+            path.unlink()  # of another version
+        write_recipe(args, folder / "recipe.yaml")
+        write_card(folder)
+        if measure(model, images):  # only now, since it reads the data again
+            save_model(model, folder, args.save_dtype)
         advice = f"measure it with  hf-ae evaluate {folder} --dataset_name {args.dataset_name}"
-        accelerator.print(f"The model is in {folder}: {advice}")
-        publish(args, accelerator.print)
+        run.print(f"The model is in {folder}: {advice}")
+        publish(args, run.print)
+
+    on_main(run.accelerator, complete)
     run.end()
+
+
+def measure(model: Any, images: Any) -> bool:
+    """Give a finished model what is measured on training images, where its kind has such things; whether it has."""
+    if model.can_sample and model.config.latent_channels is not None:
+        model.config.scaling_factor = latent_scale(model, images)
+    if model.has_discrete_codes:
+        count_codes(model, images)
+    return bool(model.has_discrete_codes or (model.can_sample and model.config.latent_channels is not None))
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor
 
@@ -35,11 +36,13 @@ from hf_ae.hub.push import check_login, publish
 from hf_ae.loading import image_processor_for, load_autoencoder, load_pipeline
 from hf_ae.plots import image_grid
 from hf_ae.training.arguments import TrainingArguments, flag, parse_arguments, parse_overrides
-from hf_ae.training.checkpoints import load_checkpoint, save_checkpoint
+from hf_ae.training.checkpoints import keep, load_checkpoint
 from hf_ae.training.optimizers import averaged
 from hf_ae.training.output_folder import begin_run, check_request
+from hf_ae.training.processes import on_main
 from hf_ae.training.run import Run
-from hf_ae.training.tracking import log_step, make_accelerator, show_samples
+from hf_ae.training.start import training
+from hf_ae.training.tracking import log_step, show_samples
 
 
 @dataclass
@@ -71,7 +74,7 @@ class LatentDiffusionArguments(TrainingArguments):
     zero_terminal_snr: bool = flag(
         False, "Let the last time step be pure noise (Lin et al. 2024); needs v_prediction."
     )
-    snr_gamma: float | None = flag(None, "Min-SNR weighting of the loss (Hang et al. 2023), usually 5.")
+    snr_gamma: float | None = flag(None, "Min-SNR weighting of the loss (Hang et al. 2023), usually 5.", above=0)
     timestep_shift: float = flag(1.0, "More than 1: draw noisy time steps, where the text matters most, more often.")
     validation_prompts: str | None = flag(
         None, "Prompts of the samples, separated by |; default: captions of the dataset."
@@ -112,7 +115,13 @@ def train(args: LatentDiffusionArguments) -> None:
         "Which autoencoder? Write --vae with a folder or Hub id, or --pretrained_pipeline to go on from a pipeline."
     )
     resume_from = check_request(args, {} if args.pretrained_pipeline else {"vae": question})
-    accelerator, folder = make_accelerator(args), Path(args.output_dir)
+    with training(args) as accelerator:
+        train_pipeline(args, accelerator, resume_from)
+
+
+def train_pipeline(args: LatentDiffusionArguments, accelerator: Accelerator, resume_from: Path | None) -> None:
+    """The same where the output folder is this training's own."""
+    folder = Path(args.output_dir)
     base: Any = load_pipeline(args.pretrained_pipeline) if args.pretrained_pipeline else None
     vae = load_vae(args.vae) if args.vae else base.vae.eval().requires_grad_(False)
     vae.to(accelerator.device)
@@ -137,20 +146,20 @@ def train(args: LatentDiffusionArguments) -> None:
     # the names that checkpoints of version 0.1 hold
     data = {"pictures": count, "captions": texts, "caption_dropout": args.caption_dropout}
     batches = num_batches(count, args.train_batch_size, accelerator.num_processes)
-    run = Run(args, accelerator, model.to(accelerator.device), batches, data)
-    if resume_from is not None:
-        load_checkpoint(run, resume_from)
     frozen_prior = None if text.is_trained else caption_prior(args, all_captions, text.encoder, text.tokenizer)
+    with Run(args, accelerator, model.to(accelerator.device), batches, data) as run:
+        if resume_from is not None:
+            load_checkpoint(run, resume_from)
 
-    def pipeline() -> Any:
-        trained = run.bare_model.eval()  # no dropout in the vectors of the prior; validate goes back to training
-        reader = trained.text_encoder or text.encoder
-        prior = caption_prior(args, all_captions, reader, text.tokenizer) if text.is_trained else frozen_prior
-        parts = dict(vae=vae, text_encoder=reader, tokenizer=text.tokenizer, unet=trained.unet, prior=prior)
-        return make_pipeline(args, scheduler, **parts)
+        def pipeline() -> Any:
+            trained = run.bare_model.eval()  # no dropout in the vectors of the prior; validate goes back to training
+            reader = trained.text_encoder or text.encoder
+            prior = caption_prior(args, all_captions, reader, text.tokenizer) if text.is_trained else frozen_prior
+            parts = dict(vae=vae, text_encoder=reader, tokenizer=text.tokenizer, unet=trained.unet, prior=prior)
+            return make_pipeline(args, scheduler, **parts)
 
-    take_steps(args, run, latents, text, pipeline)
-    finish(args, run, pipeline)
+        take_steps(args, run, latents, text, pipeline)
+        finish(args, run, pipeline)
 
 
 def take_steps(
@@ -182,8 +191,7 @@ def take_steps(
             if run.step_done(output, len(rows)):
                 if run.every(args.logging_steps):
                     log_step(run, output)
-                if run.every(args.checkpointing_steps):
-                    save_checkpoint(run)
+                keep(run)
             if not run.unfinished:
                 break
         else:
@@ -297,15 +305,17 @@ def validate(args: LatentDiffusionArguments, run: Run, captions: Captions, pipe:
 
 def finish(args: LatentDiffusionArguments, run: Run, pipeline: Callable[[], Any]) -> None:
     """Save the pipeline folder, complete with code, recipe and card, and push it where that is asked."""
-    accelerator, folder = run.accelerator, Path(args.output_dir)
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
+    folder = Path(args.output_dir)
+
+    def complete() -> None:
         if run.ema is not None:
             run.ema.copy_to(run.bare_model.parameters())
         save_pipeline(pipeline(), folder, args.save_dtype)
         advice = f'try  hf-ae generate "a prompt" --model {folder} -o image.png'
-        accelerator.print(f"The pipeline is in {folder}: {advice}")
-        publish(args, accelerator.print)
+        run.print(f"The pipeline is in {folder}: {advice}")
+        publish(args, run.print)
+
+    on_main(run.accelerator, complete)
     run.end()
 
 

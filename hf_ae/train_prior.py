@@ -38,11 +38,13 @@ from hf_ae.loading import load_model
 from hf_ae.models.modeling_code_prior import CodePrior
 from hf_ae.plots import image_grid
 from hf_ae.training.arguments import TrainingArguments, flag, parse_arguments, parse_overrides
-from hf_ae.training.checkpoints import load_checkpoint, save_checkpoint, save_model
+from hf_ae.training.checkpoints import keep, load_checkpoint, save_model
 from hf_ae.training.optimizers import averaged
 from hf_ae.training.output_folder import begin_run, check_request
+from hf_ae.training.processes import on_main
 from hf_ae.training.run import Run
-from hf_ae.training.tracking import log_evaluation, log_step, make_accelerator, show_samples
+from hf_ae.training.start import training
+from hf_ae.training.tracking import log_evaluation, log_step, show_samples
 
 PRIOR_FIELDS = ("prior_layers", "prior_hidden_size", "prior_heads")
 
@@ -64,7 +66,7 @@ class PriorArguments(TrainingArguments):
     )
     random_flip: bool = flag(False, "Mirror half of the images.")
     temperature: float = flag(
-        1.0, "Default of the finished model: below 1 more typical images, above 1 more varied ones."
+        1.0, "Default of the finished model: below 1 more typical images, above 1 more varied ones.", above=0
     )
     guidance_scale: float = flag(1.0, "Default of the finished model: above 1 the class counts more.")
 
@@ -94,7 +96,12 @@ def train(args: PriorArguments) -> None:
         check_login()
     question = "Which model? Write --model with a folder or Hub id of a trained hf_ae_vqvae or hf_ae_vqvae2."
     resume_from = check_request(args, {"model": question})
-    accelerator = make_accelerator(args)
+    with training(args) as accelerator:
+        train_model(args, accelerator, resume_from)
+
+
+def train_model(args: PriorArguments, accelerator: Accelerator, resume_from: Path | None) -> None:
+    """The same where the output folder is this training's own."""
     model, processor = load_model(str(args.model))
     kind = model.config.model_type
     discrete = "has no discrete codes: train hf_ae_vqvae or hf_ae_vqvae2"
@@ -102,6 +109,8 @@ def train(args: PriorArguments) -> None:
     model.requires_grad_(False)
     splits = open_dataset(str(args.dataset_name), args.dataset_config_name)
     held_out = (args.eval_split or held_out_name(splits)) if args.validation_epochs else None
+    if held_out:
+        pick_split(splits, held_out)  # which raises before anything is encoded
     column = label_column(pick_split(splits, args.train_split), args.label_column)
     names = read_labels(splits, args.train_split, column)[1] if column else []
     add_prior(model, args, names)
@@ -124,11 +133,11 @@ def train(args: PriorArguments) -> None:
     data = {
         "images": count, "classes": len(names), "label_dropout": args.label_dropout, "random_flip": args.random_flip,
     }  # fmt: skip
-    run = Run(args, accelerator, model.prior, batches, data)
-    if resume_from is not None:
-        load_checkpoint(run, resume_from)
-    take_steps(args, run, model, codes, test)
-    finish(args, run, model, processor)
+    with Run(args, accelerator, model.prior, batches, data) as run:
+        if resume_from is not None:
+            load_checkpoint(run, resume_from)
+        take_steps(args, run, model, codes, test)
+        finish(args, run, model, processor)
 
 
 def take_steps(args: PriorArguments, run: Run, model: Any, codes: Codes, test: Codes | None) -> None:
@@ -149,8 +158,7 @@ def take_steps(args: PriorArguments, run: Run, model: Any, codes: Codes, test: C
             if run.step_done(output, len(rows)):
                 if run.every(args.logging_steps):
                     log_step(run, output)
-                if run.every(args.checkpointing_steps):
-                    save_checkpoint(run)
+                keep(run)
             if not run.unfinished:
                 break
         else:
@@ -189,17 +197,18 @@ def add_prior(model: Any, args: PriorArguments, names: list[str]) -> None:
 
 @torch.no_grad()
 def encode_images(model: Any, pixels: Tensor, accelerator: Accelerator, flip: bool = False) -> list[Tensor]:
-    """Codes of uint8 images (images, codes), and with `flip` of the mirrored images. Each process encodes its part."""
+    """Codes of uint8 images (images, codes), and with `flip` of the mirrored images, in float32 as the codec makes
+    them. Each process encodes its part."""
     rank, processes, versions = accelerator.process_index, accelerator.num_processes, []
     each = -(-len(pixels) // processes)  # images of a process; the last ones repeat an image
     rows = (torch.arange(each) * processes + rank).clamp(max=len(pixels) - 1)
     hidden, most = not accelerator.is_main_process, min(256, batch_for(pixels[0].numel()))
     for mirrored in (False, True) if flip else (False,):
         parts = []
-        for some in tqdm(rows.split(most), desc="encoding", disable=hidden, mininterval=1.0):
-            shown = pixels[some].flip(-1) if mirrored else pixels[some]
-            values = to_pixel_values(shown, model.device, model.config.pixel_range)
-            with accelerator.autocast():
+        with tqdm(rows.split(most), desc="encoding", disable=hidden, mininterval=1.0) as bar:
+            for some in bar:
+                shown = pixels[some].flip(-1) if mirrored else pixels[some]
+                values = to_pixel_values(shown, model.device, model.config.pixel_range)
                 parts.append(model.prior.to_row(model.levels_of(model.encode(values).indices)))
         gathered = accelerator.gather(torch.cat(parts)).view(processes, each, -1)
         versions.append(gathered.transpose(0, 1).flatten(0, 1)[: len(pixels)].cpu().int())
@@ -233,9 +242,9 @@ def draw_samples(model: Any) -> Tensor:
 
 def finish(args: PriorArguments, run: Run, model: Any, processor: Any) -> None:
     """Save the whole model with its prior, beside the recipes and figures of both, and push it where that is asked."""
-    accelerator, folder, source = run.accelerator, Path(args.output_dir), Path(str(args.model))
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
+    folder, source = Path(args.output_dir), Path(str(args.model))
+
+    def complete() -> None:
         model.prior = run.bare_model
         if run.ema is not None:
             run.ema.copy_to(model.prior.parameters())
@@ -246,8 +255,10 @@ def finish(args: PriorArguments, run: Run, model: Any, processor: Any) -> None:
         processor.save_pretrained(folder)
         image_grid(draw_samples(model.eval()), 10, folder / "samples.png")
         use = f"AutoModel.from_pretrained({str(folder)!r}).generate(16)"
-        accelerator.print(f"The model with its prior is in {folder}: {use}")
-        publish(args, accelerator.print, "recipe-prior.yaml")
+        run.print(f"The model with its prior is in {folder}: {use}")
+        publish(args, run.print, "recipe-prior.yaml")
+
+    on_main(run.accelerator, complete)
     run.end()
 
 

@@ -184,7 +184,9 @@ def test_the_loss_is_zero_for_the_right_prediction_and_min_snr_limits_the_weight
     assert model(latents, text=torch.zeros(16, 1, 1)).loss < 1e-4
     snr = torch.tensor([0.1, 5.0, 50.0])
     kept = snr / (1 + snr)
-    assert torch.allclose(model.weight(kept), torch.tensor([0.1 / 1.1, 5 / 6, 5 / 51]), rtol=1e-3)
+    assert torch.allclose(model.weight(kept), torch.tensor([1.0, 5 / 6, 5 / 51]), rtol=1e-3)
+    assert scheduler.alphas_cumprod[-1] < 1e-6  # the first step of sampling: pure noise
+    assert model.weight(scheduler.alphas_cumprod[-1:]) == 1.0
     epsilon = LatentDiffusion(Knowing(), DDIMScheduler(prediction_type="epsilon"), snr_gamma=5.0)
     assert torch.allclose(epsilon.weight(kept), torch.tensor([1.0, 1.0, 0.1]), rtol=1e-3)
 

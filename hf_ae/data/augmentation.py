@@ -21,8 +21,7 @@ def to_pixel_values(
     """
     x = pixels.to(device, non_blocking=True).float().div_(255)
     if symmetry:
-        half = len(x) // 2
-        x = torch.cat([x[:half], x[half:].transpose(2, 3)])  # batches are in random order
+        x = torch.where(torch.rand(len(x), 1, 1, 1, device=device) < 0.5, x.transpose(2, 3), x)
         x = torch.where(torch.rand(len(x), 1, 1, 1, device=device) < 0.5, x.flip(-2), x)
     if colors:
         order = torch.rand(x.shape[:2], device=device).argsort(1)

@@ -25,6 +25,7 @@ def open_dataset(name: str, config_name: str | None = None, streaming: bool = Fa
     import datasets
     from huggingface_hub.errors import HfHubHTTPError
 
+    bars = datasets.is_progress_bar_enabled()
     datasets.disable_progress_bars()
     copy = Path(os.environ.get("HF_AE_DATASETS", "/nonexistent"), name.split("/")[-1])
     place = str(copy) if copy.is_dir() and not Path(name).exists() else name
@@ -32,6 +33,9 @@ def open_dataset(name: str, config_name: str | None = None, streaming: bool = Fa
         return datasets.load_dataset(place, config_name, streaming=streaming)
     except (OSError, RuntimeError, datasets.exceptions.DatasetsError, HfHubHTTPError, ValueError) as error:
         raise UserError(f"The dataset {name!r} cannot be opened: {first_line(error)}") from error
+    finally:
+        if bars:
+            datasets.enable_progress_bars()
 
 
 def pick_split(splits: Splits, name: str) -> Any:
@@ -122,14 +126,10 @@ def read_labels(splits: Splits, split: str, column: str) -> tuple[torch.Tensor, 
     require(
         good, f"The column {column!r} holds no classes: write --label_column with a column of whole numbers or names."
     )
-    kind = type(own[0])
-    rest = {
-        value
-        for part in splits.values()
-        if column in part.column_names
-        for value in part[column]
-        if type(value) is kind
+    found = [set(part[column]) for part in splits.values() if column in part.column_names]
+    with_classes = [values for values in found if values != {-1}]  # what a split without labels holds
+    index = {
+        value: i for i, value in enumerate(sorted(v for v in set().union(*with_classes) if type(v) is type(own[0])))
     }
-    rest = {value for value in rest if isinstance(value, str) or value >= 0}  # in a split without labels they are -1
-    index = {value: i for i, value in enumerate(sorted({*own, *rest}))}
+    require(set(own) <= set(index), f"The column {column!r} of {split!r} has rows without a class: leave these out.")
     return torch.tensor([index[value] for value in own]), [str(value) for value in index]

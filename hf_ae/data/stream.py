@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Iterator
 from typing import Any, TypeVar
@@ -12,9 +13,11 @@ from torch import Tensor
 
 from ..errors import UserError, require
 from ..models.image_processing import AutoencoderImageProcessor
-from .images import Decoder, undecoded
+from .images import Decoder, holds_bits, undecoded
 
 Row = TypeVar("Row")
+FIRST = 1000
+"""Images of a stream that show whether it holds 0 and 1 alone."""
 
 
 class ImageStream:
@@ -23,18 +26,21 @@ class ImageStream:
 
     def __init__(
         self, rows: Any, column: str, processor: AutoencoderImageProcessor, skip_broken: bool = False,
-        limit: int | None = None, buffer_size: int = 1000,
+        limit: int | None = None, buffer_size: int = 1000, advice: str = "",
     ) -> None:  # fmt: skip
         rows = undecoded(rows, column)
         self.rows, self.column, self.buffer_size = rows if limit is None else rows.take(limit), column, buffer_size
-        self.decode = Decoder(processor, skip_broken)
+        first = itertools.islice((row[column] for row in self.rows), FIRST)
+        self.decode = Decoder(processor, skip_broken, bits=holds_bits(first), advice=advice)
         self.last: np.ndarray | None = None
+        self.skipped = 0
 
     def batches(
-        self, batch_size: int, epoch: int, seed: int = 0, start: int = 0, rank: int = 0, processes: int = 1
-    ) -> Iterator[Tensor]:
+        self, batch_size: int, epoch: int, seed: int = 0, start: int = 0, rank: int = 0, processes: int = 1,
+        full: bool = True,
+    ) -> Iterator[Tensor]:  # fmt: skip
         """As `ImagesInMemory.batches`; earlier batches are read again but not decoded. Raises ValueError where the
-        stream holds less than one batch."""
+        stream holds less than one batch, unless `full=False` also asks for what fills none."""
         together: list[tuple[int, Any]] = []
         batch = 0
         rows = ((index, row[self.column]) for index, row in enumerate(self.rows))
@@ -42,13 +48,19 @@ class ImageStream:
             together.append(row)
             if len(together) == batch_size * processes:
                 if batch >= start:
-                    yield torch.from_numpy(np.stack([self._image(row) for row in together[rank::processes]]))
+                    yield self._batch(together[rank::processes])
                 together, batch = [], batch + 1
-        require(batch, f"The stream holds fewer than {batch_size * processes} images, one batch.")
+        if not full and together[rank::processes]:
+            yield self._batch(together[rank::processes])
+        require(batch or not full, f"The stream holds fewer than {batch_size * processes} images, one batch.")
+
+    def _batch(self, rows: list[tuple[int, Any]]) -> Tensor:
+        return torch.from_numpy(np.stack([self._image(row) for row in rows]))
 
     def _image(self, row: tuple[int, Any]) -> np.ndarray:
         """The row's image, or in place of one that is skipped the last good one: every process gets full batches."""
         image = self.decode(row)
+        self.skipped += image is None
         self.last = self.last if image is None else image
         if self.last is None:
             raise UserError("The first image of the stream cannot be read.")

@@ -42,18 +42,25 @@ def cached_latents(
     paths = [folder / f"latents-{start:09d}.safetensors" for start in starts]
     mine = range(accelerator.process_index, len(paths), accelerator.num_processes)
     missing = [i for i in mine if not paths[i].exists()]
-    for i in tqdm(missing, desc="encoding", disable=not accelerator.is_main_process):
-        part = rows.select(range(starts[i], min(starts[i] + SHARD, len(rows))))
-        pixels = ImagesInMemory.load(part, column, processor).pixels
-        values = (to_pixel_values(x, vae.device, processor.pixel_range) for x in each_batch(pixels, 32))
-        latents = torch.cat(
-            [vae.encode(x.to(vae.dtype)).latent_dist.mode().float().cpu() for x in values]
-        ).contiguous()
-        partial = paths[i].with_suffix(f".{os.getpid()}")
-        save_file({"latents": latents}, partial)
-        os.replace(partial, paths[i])
+    with tqdm(missing, desc="encoding", disable=not accelerator.is_main_process) as bar:
+        for i in bar:
+            part = rows.select(range(starts[i], min(starts[i] + SHARD, len(rows))))
+            pixels = ImagesInMemory.load(part, column, processor).pixels
+            values = (to_pixel_values(x, vae.device, processor.pixel_range) for x in each_batch(pixels, 32))
+            latents = [vae.encode(x.to(vae.dtype)).latent_dist.mode().float().cpu() for x in values]
+            save_whole({"latents": torch.cat(latents).contiguous()}, paths[i])
     accelerator.wait_for_everyone()
     return torch.cat([load_file(path)["latents"] for path in paths])
+
+
+def save_whole(tensors: dict[str, Tensor], path: Path) -> None:
+    """A safetensors file that appears under its name when it is complete; nothing is left of one that is not."""
+    partial = path.with_suffix(f".{os.getpid()}")
+    try:
+        save_file(tensors, partial)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def weights_hash(model: Any) -> str:

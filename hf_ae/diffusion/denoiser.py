@@ -31,7 +31,8 @@ class LatentDiffusion(nn.Module):
 
     `scheduler` fixes the noise and what is predicted (`epsilon` or `v_prediction`, Salimans and Ho 2022).
     `text_encoder` is given only where it is trained jointly. With `snr_gamma` each image's error has the weight
-    min(SNR, γ) / SNR (Hang et al. 2023), for v-prediction min(SNR, γ) / (SNR + 1). With `timestep_shift` s > 1 noisy
+    min(SNR, γ) / SNR (Hang et al. 2023), for v-prediction min(SNR + 1, γ) / (SNR + 1), as diffusers' examples have it:
+    so pure noise, where sampling begins, has weight 1 and not 0. With `timestep_shift` s > 1 noisy
     steps, where the text matters most, are drawn more often: t -> s·t / (1 + (s − 1)·t), t in 0…1 (Esser et al. 2024,
     equation 23).
     """
@@ -81,10 +82,9 @@ class LatentDiffusion(nn.Module):
         if self.snr_gamma is None:
             return torch.ones_like(kept)
         snr = kept / (1 - kept).clamp(min=1e-12)
-        limited = snr.clamp(max=self.snr_gamma)
         if self.prediction == "v_prediction":
-            return limited / (snr + 1)
-        return torch.where(snr > 0, limited / snr.clamp(min=1e-12), 1.0)
+            snr = snr + 1
+        return torch.where(snr > 0, snr.clamp(max=self.snr_gamma) / snr.clamp(min=1e-12), 1.0)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """All weights in one file, for a checkpoint."""

@@ -35,8 +35,10 @@ def new_text_encoder(texts: list[str], fields: dict[str, Any], max_length: int, 
     vocabulary = {piece: index for index, piece in enumerate(dict.fromkeys(pieces))}
     tokenizer = BertTokenizer(vocab=vocabulary, model_max_length=max_length)
     sizes = dict(hidden_size=256, num_hidden_layers=4, num_attention_heads=4, intermediate_size=1024) | fields
-    torch.manual_seed(seed)
-    text_encoder = BertModel(BertConfig(vocab_size=len(vocabulary), max_position_embeddings=max_length, **sizes))
+    config = BertConfig(vocab_size=len(vocabulary), max_position_embeddings=max_length, **sizes)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        text_encoder = BertModel(config)
     text_encoder.get_submodule("pooler").requires_grad_(False)  # unused, but what loads a BertModel expects it
     text_encoder.config.use_attention_mask = True
     return tokenizer, text_encoder

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,6 +19,10 @@ Arguments = TypeVar("Arguments")
 SCHEDULES = (
     "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial", "inverse_sqrt"
 )  # fmt: skip
+LIMITS: dict[str, tuple[Callable[[Any, Any], bool], str]] = {
+    "least": (operator.ge, "at least"), "above": (operator.gt, "more than"), "below": (operator.lt, "less than"),
+}  # fmt: skip
+"""Limit of a flag -> when a value keeps it, and how that is said."""
 MACHINE = {
     "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "push_to_hub", "hub_model_id", "hub_private",
     "report_to",
@@ -24,10 +30,15 @@ MACHINE = {
 """Flags that are no part of a recipe: they differ from machine to machine."""
 
 
-def flag(default: Any, text: str, choices: tuple[Any, ...] = (), least: float | None = None) -> Any:
-    """A dataclass field that is a command-line flag with this help text; `least` is the smallest number that it
-    takes."""
-    metadata = {"help": text.replace("%", "%%"), "accepted": choices, "least": least}
+def flag(
+    default: Any, text: str, choices: tuple[Any, ...] = (), least: float | None = None, above: float | None = None,
+    below: float | None = None,
+) -> Any:  # fmt: skip
+    """A dataclass field that is a command-line flag with this help text. `least` is the smallest number that it takes;
+    others lie `above` or `below` a number that it does not take."""
+    metadata = {
+        "help": text.replace("%", "%%"), "accepted": choices, "least": least, "above": above, "below": below,
+    }  # fmt: skip
     return field(default=default, metadata=metadata)
 
 
@@ -61,13 +72,13 @@ class TrainingArguments:
     )
     weight_decay: float = flag(0.0, "Decoupled weight decay.", least=0)
     gradient_accumulation_steps: int = flag(1, "Batches whose gradients are added up for one optimizer step.", least=1)
-    max_grad_norm: float | None = flag(None, "Clip gradients to this norm.", least=0)
+    max_grad_norm: float | None = flag(None, "Clip gradients to this norm; a discriminator's on their own.", above=0)
     mixed_precision: str | None = flag(
         None, "no, bf16 or fp16; default: what accelerate launch says.", choices=(None, "no", "bf16", "fp16")
     )
     gradient_checkpointing: bool = flag(False, "Compute activations again in the backward pass, to save memory.")
     use_ema: bool = flag(False, "Keep a moving average of the weights, evaluate it and publish it.")
-    ema_decay: float = flag(0.999, "Decay of the moving average.", least=0)
+    ema_decay: float = flag(0.999, "Decay of the moving average.", least=0, below=1)
     checkpointing_steps: int | None = flag(None, "Save a checkpoint every so many steps.", least=1)
     checkpoints_total_limit: int | None = flag(2, "Keep only the newest checkpoints.", least=1)
     resume_from_checkpoint: str | None = flag(None, "Path of a checkpoint, or 'latest' in output_dir.")
@@ -88,17 +99,18 @@ class TrainingArguments:
 
     def __post_init__(self) -> None:
         for spec in dataclasses.fields(self):
-            value, accepted, least = getattr(self, spec.name), spec.metadata["accepted"], spec.metadata["least"]
+            value, accepted = getattr(self, spec.name), spec.metadata["accepted"]
             listed = ", ".join(str(choice) for choice in accepted if choice is not None)
             good = not accepted or value in accepted
             require(good, f"{spec.name}={value!r} is not known: write one of {listed}.")
-            if least is not None and value is not None:
+            limits = {name: spec.metadata[name] for name in LIMITS if spec.metadata[name] is not None}
+            if limits and value is not None:
                 real = "float" in str(spec.type)
-                good = (
-                    isinstance(value, int | float if real else int) and not isinstance(value, bool) and value >= least
-                )
-                what = "a number" if real else "a whole number"
-                require(good, f"{spec.name}={value!r} must be {what} of at least {least}.")
+                good = isinstance(value, int | float if real else int) and not isinstance(value, bool)
+                good = good and all(LIMITS[name][0](value, limit) for name, limit in limits.items())
+                what = " and ".join(f"{LIMITS[name][1]} {limit}" for name, limit in limits.items())
+                kind = "a number" if real else "a whole number"
+                require(good, f"{spec.name}={value!r} must be {kind} of {what}.")
 
 
 def parse_arguments(cls: type[Arguments], argv: list[str]) -> Arguments:
@@ -108,8 +120,9 @@ def parse_arguments(cls: type[Arguments], argv: list[str]) -> Arguments:
         def error(self, message: str) -> Any:
             raise UserError(f"{message[0].upper()}{message[1:]}. See --help.")
 
-        def add_argument(self, *names: str, accepted: object = None, least: object = None, **options: Any) -> Any:
-            return super().add_argument(*names, **options)  # the dataclass checks the others
+        def add_argument(self, *names: str, accepted: object = None, **options: Any) -> Any:
+            options = {name: value for name, value in options.items() if name not in LIMITS}
+            return super().add_argument(*names, **options)  # the dataclass checks the limits
 
     parser = Parser(cls, description=(cls.__doc__ or "").strip(), allow_abbrev=False)  # type: ignore[arg-type]
     parser.add_argument("recipe", nargs="?", help="YAML file with the same keys; flags override it")
@@ -129,6 +142,8 @@ def read_recipe(path: Path, known: set[str]) -> dict[str, Any]:
     require(path.is_file(), f"The recipe {path} does not exist.")
     try:
         recipe = yaml.safe_load(path.read_text()) or {}
+    except UnicodeDecodeError as error:
+        raise UserError(f"The recipe {path} is no text file: a recipe is YAML.") from error
     except yaml.YAMLError as error:
         raise UserError(f"The recipe {path} is not valid YAML: {error}") from error
     unknown = sorted(set(recipe) - known) if isinstance(recipe, dict) else ["no keys"]
@@ -153,7 +168,10 @@ def parse_overrides(text: str | dict[str, Any] | None) -> dict[str, Any]:
     for part in re.split(r",(?![^\[]*\])", text):
         name, equals, value = part.partition("=")
         require(equals, f"config_overrides: {part.strip()!r} has no '='; write name=value,name=[1, 2].")
-        fields[name.strip()] = _to_float(yaml.safe_load(value))
+        try:
+            fields[name.strip()] = _to_float(yaml.safe_load(value))
+        except yaml.YAMLError as error:
+            raise UserError(f"config_overrides: {part.strip()!r} is not valid YAML behind its '='.") from error
     return fields
 
 

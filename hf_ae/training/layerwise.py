@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -21,29 +22,36 @@ def pretrain_layerwise(
     After Bengio et al. 2007 (Hinton and Salakhutdinov 2006 used restricted Boltzmann machines). The bottom layer
     reconstructs `pixels`, uint8 (images, channels, height, width), through the decoder's sigmoid, the others the
     activations below, by squared error. Every layer gets so many epochs of Adam. All processes do the same work, from
-    the same seed. Raises ValueError for another network.
+    the same seed. Raises ValueError for another network, and where a layer does not learn.
     """
     config = model.config
-    good = config.network == "mlp" and config.hidden_sizes
-    require(good, "pretrain_layerwise_epochs needs network='mlp' with hidden_sizes.")
+    check_network(config)
     depth, (low, high) = len(config.hidden_sizes) + 1, config.pixel_range
     below = pixels.flatten(1).to(model.device).float().div_(255).mul_(high - low).add_(low)
-    torch.manual_seed(args.seed)
+    generator = torch.Generator(below.device).manual_seed(args.seed)
     for level in range(depth):
         encode, decode, parameters = level_functions(model, level, depth)
         optimizer = torch.optim.Adam(parameters, args.learning_rate)
         for _ in range(epochs):
-            total = 0.0
-            for rows in torch.randperm(len(below), device=below.device).split(args.train_batch_size):
+            total, order = 0.0, torch.randperm(len(below), generator=generator, device=below.device)
+            for rows in order.split(args.train_batch_size):
                 x = below[rows]
                 loss = F.mse_loss(decode(encode(x)), x, reduction="sum") / len(x)
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 optimizer.step()
                 total += loss.item() * len(x)
+        failed = f"Layer {level + 1} cannot be pretrained: its squared error is {total}. Try a lower --learning_rate."
+        require(math.isfinite(total), failed)
         log(f"Pretrained layer {level + 1} of {depth}: squared error {total / len(below):.4f} per image.")
         with torch.no_grad():
             below = torch.cat([encode(x) for x in below.split(5000)])
+
+
+def check_network(config: Any) -> None:
+    """Raise ValueError unless a model of this configuration can be pretrained."""
+    good = config.network == "mlp" and config.hidden_sizes
+    require(good, "pretrain_layerwise_epochs needs network='mlp' with hidden_sizes.")
 
 
 def level_functions(

@@ -3,34 +3,56 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import AdamW, Muon, Optimizer
+from torch.optim import AdamW, Optimizer
 from transformers import get_scheduler
 
 from .arguments import TrainingArguments
+from .precision import has_bf16
 
 
-class KernelMuon(Muon):
-    """Muon (Jordan et al. 2024) that also takes convolution kernels, each as a matrix: outputs × everything else."""
+class KernelMuon(Optimizer):
+    """Muon (Jordan et al. 2024) that also takes convolution kernels, each as a matrix: outputs × everything else.
 
-    def __init__(self, weights: Iterable[Tensor], lr: float, weight_decay: float) -> None:
-        weights = list(weights)
-        matrices = [w.detach().view(len(w), -1) for w in weights]  # Muon itself accepts matrices alone
-        super().__init__(matrices, lr, weight_decay, adjust_lr_fn="match_rms_adamw")
-        self.param_groups[0]["params"] = weights
+    The updates have the root mean square of AdamW's (Liu et al. 2025). It orthogonalises in bfloat16 where the device
+    has that, as torch.optim.Muon does everywhere, and else in float32.
+    """
 
-    def _init_group(self, group: Any, params_with_grad: Any, grads: Any, muon_momentum_bufs: Any) -> Any:
-        for weight in group["params"]:
-            self.state[weight].setdefault("momentum_buffer", torch.zeros_like(weight))
-        has_complex = super()._init_group(group, params_with_grad, grads, muon_momentum_bufs)
-        for tensors in (params_with_grad, muon_momentum_bufs):
-            tensors[:] = [t.view(len(t), -1) for t in tensors]
-        grads[:] = [g.reshape(len(g), -1) for g in grads]
-        return has_complex
+    def __init__(self, weights: Iterable[Tensor], lr: float, weight_decay: float, momentum: float = 0.95) -> None:
+        super().__init__(weights, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """One step of all weights that have a gradient."""
+        for group in self.param_groups:
+            rate, momentum = group["lr"], group["momentum"]
+            for weight in group["params"]:
+                if weight.grad is None:
+                    continue
+                average = self.state[weight].setdefault("momentum_buffer", torch.zeros_like(weight))
+                average.lerp_(weight.grad, 1 - momentum)
+                direction = weight.grad.lerp(average, momentum).reshape(len(weight), -1)
+                update = orthogonalized(direction, has_bf16(weight.device.type)).view_as(weight)
+                weight.mul_(1 - rate * group["weight_decay"])
+                weight.add_(update, alpha=-rate * 0.2 * math.sqrt(max(direction.shape)))
+
+
+def orthogonalized(matrix: Tensor, in_bf16: bool, rounds: int = 5) -> Tensor:
+    """About U·Vᵀ of a matrix U·S·Vᵀ, by Newton-Schulz iterations with Jordan's coefficients."""
+    a, b, c = 3.4445, -4.7750, 2.0315
+    x = matrix.bfloat16() if in_bf16 else matrix.float().clone()
+    tall = matrix.size(0) > matrix.size(1)
+    x = x.T if tall else x
+    x.div_(x.norm().clamp(min=1e-7))
+    for _ in range(rounds):
+        square = x @ x.T
+        x = torch.addmm(x, torch.addmm(square, square, square, beta=b, alpha=c), x, beta=a)
+    return (x.T if tall else x).to(matrix.dtype)
 
 
 def make_optimizers(model: nn.Module, args: TrainingArguments) -> list[Optimizer]:
@@ -40,7 +62,7 @@ def make_optimizers(model: nn.Module, args: TrainingArguments) -> list[Optimizer
     opponents = [] if discriminator is None else list(discriminator.parameters())
     optimizers = optimizers_of(model, args, leave_out=set(opponents))
     if opponents:
-        rate = args.discriminator_learning_rate or args.learning_rate
+        rate = args.learning_rate if args.discriminator_learning_rate is None else args.discriminator_learning_rate
         optimizers.append(AdamW(opponents, rate, betas=(0.5, 0.99), weight_decay=0.0, fused=can_fuse(opponents)))
     return optimizers
 

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
+import socket
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 from ..errors import UserError, require
 
 RUN_MARK = ".hf_ae_run"
 """A file that says that a folder holds an unfinished run."""
+LOCK = f"{RUN_MARK}.lock"
+"""A file that names the process which writes into a folder now."""
 
 
 def check_request(args: Any, questions: dict[str, str]) -> Path | None:
@@ -32,8 +42,9 @@ def check_request(args: Any, questions: dict[str, str]) -> Path | None:
 def check_output_dir(folder: Path, overwrite: bool, resume: bool) -> None:
     """Raise ValueError unless `folder` is new, holds only a recipe, or is ours and may be replaced or continued."""
     require(not folder.exists() or folder.is_dir(), f"The output folder {folder} is a file.")
+    check_free(read_owner(folder), folder)
     inside = {p.name for p in folder.iterdir() if not p.name.startswith(".writable-")} if folder.exists() else set()
-    started = bool(inside - {"recipe.yaml", RUN_MARK, "logs"})
+    started = bool(inside - {"recipe.yaml", RUN_MARK, LOCK, "logs"})
     first = min(inside, default="")
     ours = not started or is_run(folder)
     require(
@@ -54,6 +65,80 @@ def check_output_dir(folder: Path, overwrite: bool, resume: bool) -> None:
         probe.unlink()
     except OSError as error:
         raise UserError(f"The output folder {folder} cannot be written: {error.strerror}.") from error
+
+
+def take_lock(folder: Path) -> None:
+    """Note this process as the one that writes into the folder. Raises ValueError, naming it, where another one
+    does."""
+    with open(folder / LOCK, "a+") as file:
+        if fcntl is not None:
+            with contextlib.suppress(OSError):  # not every network drive can; two may then begin in the same instant
+                fcntl.flock(file, fcntl.LOCK_EX)
+        file.seek(0)
+        check_free(parse_owner(file.read()), folder)
+        file.truncate(0)
+        file.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "begun": begun(os.getpid())}))
+
+
+def release_lock(folder: Path) -> None:
+    """Remove the lock of this process."""
+    (folder / LOCK).unlink(missing_ok=True)
+
+
+def read_owner(folder: Path) -> dict[str, Any]:
+    """Which process writes into the folder, by its lock."""
+    return parse_owner((folder / LOCK).read_text()) if (folder / LOCK).is_file() else {}
+
+
+def parse_owner(text: str) -> dict[str, Any]:
+    """What a lock says: pid, host and begun; {} where it says nothing."""
+    try:
+        owner = json.loads(text)
+    except ValueError:
+        return {}
+    return owner if isinstance(owner, dict) and {"pid", "host", "begun"} <= set(owner) else {}
+
+
+def check_free(owner: dict[str, Any], folder: Path) -> None:
+    """Raise ValueError where the owner of a lock is at work, or on a machine where nobody here can tell."""
+    if not owner:
+        return
+    here, pid = owner["host"] == socket.gethostname(), owner["pid"]
+    where = f"process {pid} on {owner['host']}"
+    advice = "wait for it or stop it" if here else f"if that is over, remove {folder / LOCK}"
+    at_work = not here or (is_alive(pid) and begun(pid) == owner["begun"])
+    require(not at_work, f"Another training writes into {folder} ({where}): {advice}, or choose another --output_dir.")
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process of this machine runs."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # somebody else's
+        return True
+    return True
+
+
+def begun(pid: int) -> str:
+    """When a process began, in ticks since the machine did: numbers of processes come again, in containers soon. Empty
+    where the system does not tell."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        return ""
+
+
+@contextlib.contextmanager
+def scratch(folder: Path) -> Iterator[Path]:
+    """An empty folder to write into before what is written goes to its place; removed afterwards, on errors too."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def is_run(folder: Path) -> bool:
@@ -95,7 +180,7 @@ def find_checkpoint(wanted: str | None, folder: Path) -> Path | None:
 def begin_run(folder: Path, replace: bool) -> None:
     """Mark the folder as a run's; remove what an earlier run left there if it is to be replaced."""
     (folder / RUN_MARK).touch()
-    for cut_off in folder.glob(".partial-checkpoint-*"):
+    for cut_off in folder.glob(".partial-*"):
         shutil.rmtree(cut_off, ignore_errors=True)
     for old in [*checkpoints(folder), folder / "samples"] if replace else []:
         shutil.rmtree(old, ignore_errors=True)

@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 
 from .arguments import TrainingArguments
 from .optimizers import make_ema, make_optimizers, make_schedulers
+from .processes import StopRequest
 from .tracking import Clock, FiniteGuard, start_trackers
 
 
@@ -28,17 +29,22 @@ class Run:
     """A training; a checkpoint holds all of it.
 
     ```
-    while run.unfinished:
-        for batch in batches(args.train_batch_size, run.progress.epoch, **run.place):
-            with run.accelerator.accumulate(run.model):
-                output = run.model(batch)
-                run.accelerator.backward(output.loss)
-                run.update_weights()
-            if run.step_done(output, len(batch)): ...   # log, save a checkpoint
-            if not run.unfinished: break
-        else:
-            run.next_epoch()
-    run.close()
+    with run:
+        run.open()
+        while run.unfinished:
+            for batch in batches(args.train_batch_size, run.progress.epoch, **run.place):
+                with run.accelerator.accumulate(run.model):
+                    output = run.model(batch)
+                    run.accelerator.backward(output.loss)
+                    run.update_weights()
+                if run.step_done(output, len(batch)):
+                    ...  # log
+                    keep(run)  # a checkpoint, where one is due
+                if not run.unfinished: break
+            else:
+                run.next_epoch()
+        run.close()
+        ...  # save the model
     ```
     """
 
@@ -57,11 +63,22 @@ class Run:
         if accelerator.scaler is not None:
             self.optimizers = [accelerator.prepare_optimizer(optimizer) for optimizer in self.optimizers]
         self.parameters = list(self.model.parameters())
+        opponents = list(getattr(model, "discriminator", nn.Module()).parameters())
+        others = {id(parameter) for parameter in opponents}
+        self.parts = [[p for p in self.parameters if id(p) not in others], opponents]
         self.data = {name: getattr(args, name) for name in ("train_batch_size", "gradient_accumulation_steps", "seed")}
         self.data |= data
         self.guard, self.clock = FiniteGuard(accelerator.device, args.output_dir), Clock()
-        self.bar = tqdm(disable=True)
+        self.bar, self.stop = tqdm(disable=True), StopRequest(accelerator)
         set_seed(args.seed, device_specific=True)
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """However the run ends: no bar is drawn below what is printed next, and signals are no longer noted."""
+        self.bar.close()
+        self.stop.ignore()
 
     @property
     def bare_model(self) -> Any:
@@ -74,7 +91,7 @@ class Run:
         return self.progress.step < self.total_steps
 
     @property
-    def place(self) -> dict[str, int]:
+    def place(self) -> dict[str, Any]:
         """What the data need to know for the next batch of an epoch."""
         rank, processes = self.accelerator.process_index, self.accelerator.num_processes
         return dict(seed=self.args.seed, start=self.progress.batch, rank=rank, processes=processes)
@@ -82,6 +99,7 @@ class Run:
     def open(self) -> None:
         """Begin to take steps."""
         start_trackers(self.args, self.accelerator)
+        self.stop.listen()
         hidden = not self.accelerator.is_main_process
         self.bar = tqdm(
             total=self.total_steps, initial=self.progress.step, disable=hidden, mininterval=1.0, desc="training"
@@ -91,10 +109,12 @@ class Run:
 
     def update_weights(self) -> None:
         """One step of each optimizer, where all gradients of a step are there. Of a model and its discriminator each
-        part has the gradient of its own terms."""
+        part has the gradient of its own terms, and is clipped on its own."""
         if self.accelerator.sync_gradients:
             if self.args.max_grad_norm is not None:
-                self.accelerator.clip_grad_norm_(self.parameters, self.args.max_grad_norm)
+                self.accelerator.unscale_gradients()
+                for part in self.parts:
+                    nn.utils.clip_grad_norm_(part, self.args.max_grad_norm)
             for optimizer in self.optimizers:
                 optimizer.step()
                 optimizer.zero_grad()

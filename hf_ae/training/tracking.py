@@ -16,30 +16,14 @@ from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers.utils import logging
 
-from ..errors import UserError, require
+from ..errors import UserError
 from .arguments import TrainingArguments
 from .output_folder import checkpoints
 
 
 class NonFiniteLossError(UserError):
     """The loss became NaN or infinite."""
-
-
-def make_accelerator(args: TrainingArguments) -> Accelerator:
-    """The accelerator, with the tracker that `args.report_to` names. Raises ValueError where that is not installed."""
-    logging.disable_progress_bar()
-    tracks = args.report_to != "none"
-    accelerator = Accelerator(
-        mixed_precision=args.mixed_precision,
-        gradient_accumulation_steps=args.gradient_accumulation_steps,
-        log_with=args.report_to if tracks else None,
-        project_dir=Path(args.output_dir) / "logs",
-    )
-    there = not tracks or accelerator.log_with
-    require(there, f"report_to={args.report_to!r} needs that tracker: pip install {args.report_to}")
-    return accelerator
 
 
 def start_trackers(args: TrainingArguments, accelerator: Accelerator) -> None:
