@@ -107,6 +107,7 @@ def sampler_file(name: str | Path) -> Path | None:
     from huggingface_hub import constants, hf_hub_download
     from huggingface_hub.errors import (
         EntryNotFoundError,
+        HfHubHTTPError,
         HFValidationError,
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
@@ -123,6 +124,8 @@ def sampler_file(name: str | Path) -> Path | None:
         raise UserError(f"The Hub cannot be asked for the sampler of {name}: {first_line(error)}") from error
     except (EntryNotFoundError, HFValidationError, RepositoryNotFoundError):
         return None
+    except HfHubHTTPError as error:
+        raise UserError(f"The Hub cannot be asked for the sampler of {name}: {first_line(error)}") from error
 
 
 class StandardNormal(Sampler):
