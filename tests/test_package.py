@@ -21,7 +21,8 @@ from hf_ae.errors import UserError, one_line_errors, user_input
 from hf_ae.hub.push import check_folder, refresh
 
 WRITTEN = (
-    "README.md", "config.json", "preprocessor_config.json", "model_index.json", "*/config.json", ".eval_results/*.yaml",
+    "README.md", "config.json", "preprocessor_config.json", "model_index.json", "*/config.json",
+    ".eval_results/*.yaml",
 )  # fmt: skip
 """What `make cards` writes, of which git keeps a copy."""
 
