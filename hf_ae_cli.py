@@ -278,6 +278,25 @@ def generate(
 
 
 @app.command()
+def export(
+    model: ModelArgument,
+    output: Annotated[Path, option("Folder to write.", "-o", "--output")],
+    format: Annotated[str, option("onnx, or torch for programs of torch.export.")] = "onnx",
+) -> None:
+    """Write the encoder and the decoder of a model as ONNX or torch.export programs, and compare what they compute."""
+    from hf_ae.export import differences
+    from hf_ae.export import export as write
+    from hf_ae.loading import load_model
+
+    loaded, processor = load_model(model)
+    files = write(loaded, output, format)
+    processor.save_pretrained(output)
+    for name, found in differences(loaded, files).items():
+        largest = ", ".join(f"{key} {value.max():.1e}" for key, value in found.items())
+        print(f"Written: {files[name]}, largest difference from the model: {largest}")
+
+
+@app.command()
 def push(
     folder: Annotated[
         Path, typer.Argument(help="Folder of a model, a pipeline or a Space, exactly what the repository will hold.")

@@ -64,7 +64,7 @@ PIPELINE_REGISTRY.supported_tasks["image-feature-extraction"]["impl"] = (
 )
 
 _ROOMS = (
-    "codec", "data", "diffusion", "evaluation", "hub", "latents", "loading", "metrics", "pipelines", "plots",
+    "codec", "data", "diffusion", "evaluation", "export", "hub", "latents", "loading", "metrics", "pipelines", "plots",
     "sampling", "training",
 )  # fmt: skip
 

@@ -23,9 +23,7 @@ for _module, _mixin in _missing.items():
 
 from transformers_tests.test_modeling_common import ModelTesterMixin  # noqa: E402
 
-EXCLUSIONS = {
-    "test_model_get_set_embeddings": "of token embeddings, which autoencoders of images do not have",
-}
+EXCLUSIONS = {"test_model_get_set_embeddings": "of token embeddings, which autoencoders of images do not have"}
 
 
 class Variant:

@@ -114,6 +114,17 @@ def table_reach(scale: float) -> int:
     return math.ceil(5 * scale) + 1
 
 
+def convolve_by_products(x: Tensor, weight: Tensor, bias: Tensor, padding: Any) -> Tensor:
+    """`F.conv2d` of stride 1 as matrix products, which ONNX Runtime has in float64 too."""
+    rows, columns = x.shape[2:]
+    x = F.pad(x, (padding[1], padding[1], padding[0], padding[0]))
+    total = bias[:, None]
+    for i in range(weight.shape[2]):
+        for j in range(weight.shape[3]):
+            total = total + weight[:, :, i, j] @ x[:, :, i : i + rows, j : j + columns].flatten(2)
+    return total.unflatten(2, (rows, columns))
+
+
 class ExactConv2d(nn.Conv2d):
     """Convolution of fixed-point numbers with fixed-point weights; the result is rounded to FRACTION_BITS.
 
@@ -126,7 +137,8 @@ class ExactConv2d(nn.Conv2d):
         dtype = torch.float32 if self.training else torch.float64
         weight, bias = (fixed_point(p.to(dtype), WEIGHT_BITS, WEIGHT_LIMIT) for p in (self.weight, self.bias))
         with torch.autocast(x.device.type, enabled=False):
-            x = F.conv2d(x.to(dtype), weight, bias, padding=self.padding)
+            convolve = convolve_by_products if torch.compiler.is_exporting() else F.conv2d
+            x = convolve(x.to(dtype), weight, bias, padding=self.padding)
         return fixed_point(x, FRACTION_BITS, ACTIVATION_LIMIT)
 
 

@@ -188,7 +188,7 @@ class CompressiveAutoencoderModel(AutoencoderModel):
         if self.training:
             self.tables_are_stale = True
         unquantized = self.analyse(pixel_values, hidden_states)
-        level = self.levels(quality, len(unquantized))
+        level = self.levels(quality, unquantized.shape[0])
         written = self.quantize(unquantized, level)._asdict()
         latents = self.to_latents(written.pop("values"), level).to(self.dtype)
         encoded = CompressiveEncoderOutput(latents=latents, level=level, pooler_output=pooled(latents), **written)

@@ -6,6 +6,7 @@ whatever the model is cast to, and the same in all processes of a training.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -65,7 +66,7 @@ class Quantizer(nn.Module):
             vectors, words, indices, terms = self.quantize(x.float().flatten(2).mT)
             latents = words.detach() + (vectors - vectors.detach())  # the codewords, with the gradient of the vectors
         latents = latents.mT.reshape(x.shape).to(x.dtype)
-        return QuantizedCode(latents, indices.view(len(x), *x.shape[2:]), terms)
+        return QuantizedCode(latents, indices.view(x.shape[0], *x.shape[2:]), terms)
 
     def lookup(self, indices: Tensor) -> Tensor:
         """Indices (batch, *positions) -> codewords (batch, values, *positions), float32."""
@@ -135,9 +136,9 @@ class VectorQuantizer(Quantizer):
             self.place(vectors.detach())
         indices = nearest(vectors.detach().flatten(0, 1), self.table.detach()).view(vectors.shape[:2])
         words = self.words(indices)
-        terms = {"commitment": (vectors - words.detach()).square().sum() / len(vectors)}
+        terms = {"commitment": (vectors - words.detach()).square().sum() / vectors.shape[0]}
         if not self.ema:
-            terms["codebook"] = (vectors.detach() - words).square().sum() / len(vectors)
+            terms["codebook"] = (vectors.detach() - words).square().sum() / vectors.shape[0]
         if learning:
             self.learn(vectors.detach(), indices)
         return vectors, words, indices, terms
@@ -200,12 +201,12 @@ class FiniteScalarQuantizer(Quantizer):
 
     def __init__(self, config: VQVAEConfig) -> None:
         super().__init__(config.codebook_size or 0)
-        self.levels = config.fsq_levels
+        self.levels = config.fsq_levels or []
+        self.steps = [math.prod(self.levels[:i]) for i in range(len(self.levels))]
 
     def grid(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Levels of each value, and what a step of it adds to the index."""
-        levels = torch.tensor(self.levels, device=device)
-        return levels, torch.cat([levels.new_ones(1), levels[:-1].cumprod(0)])
+        return torch.tensor(self.levels, device=device), torch.tensor(self.steps, device=device)
 
     def quantize(self, vectors: Tensor) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
         levels, steps = self.grid(vectors.device)
@@ -240,7 +241,8 @@ def make_quantizer(config: VQVAEConfig) -> Quantizer:
 
 def nearest(points: Tensor, words: Tensor) -> Tensor:
     """The index of the nearest of `words` (size, values) for each of `points` (points, values)."""
-    lengths, parts = words.square().sum(1), points.split(max(1, DISTANCES_AT_ONCE // len(words)))
+    at_once = points.shape[0] if torch.compiler.is_compiling() else max(1, DISTANCES_AT_ONCE // len(words))
+    lengths, parts = words.square().sum(1), points.split(at_once)
     return torch.cat([torch.addmm(lengths, part, words.T, alpha=-2).argmin(1) for part in parts])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from itertools import pairwise
@@ -28,9 +29,9 @@ class DCT(nn.Module):
     def basis(self, like: Tensor) -> Tensor:
         """(values, pixels of a patch, 1, 1), of the dtype and on the device of `like`; rows beyond the number of
         frequencies are zero."""
-        channel, row, column = torch.meshgrid(*(torch.arange(size) for size in self.shape), indexing="ij")
-        frequency = (row**2 + column**2) * torch.where(channel > 0, 4, 1)
-        order = frequency.flatten().argsort(stable=True)[: self.values]
+        places = list(itertools.product(*map(range, self.shape)))
+        cost = [(row**2 + column**2) * (4 if channel else 1) for channel, row, column in places]
+        order = sorted(range(len(places)), key=cost.__getitem__)[: self.values]
         products = torch.einsum("ax,by,cz->abcxyz", *(dct_matrix(size) for size in self.shape))
         rows = products.flatten(3).flatten(0, 2)[order]
         return F.pad(rows, (0, 0, 0, self.values - len(rows)))[:, :, None, None].to(like)
