@@ -246,6 +246,9 @@ class TextToImagePipeline(DrawingState, PromptReading, RepoLoading, DiffusionPip
             scheduler.set_timesteps(device=device, **asked)
         except (ValueError, IndexError, AssertionError) as error:
             raise ValueError(f"{name} cannot do {what}: {(str(error).splitlines() or ['no reason'])[0]}") from error
+        if "Ancestral" in name and len(scheduler.sigmas):
+            # √(σ² - σ_up²) loses all digits in float32 after a first σ of 20,000: NaN
+            scheduler.sigmas = scheduler.sigmas.double()
         trained, timesteps = scheduler.config.get("num_train_timesteps"), scheduler.timesteps
         good = trained is None or not len(timesteps) or timesteps.max() < trained
         require(good, f"{name} cannot do {what}: its steps begin beyond the last that was trained: write fewer.")

@@ -20,7 +20,7 @@ FLOORS = [
     [
         r"hf_ae\.data(\.\w+)?",
         r"hf_ae\.loading",
-        r"hf_ae\.pipelines\.(text_to_image|caption_prior|drawing_request|image_io|repo_parts)",
+        r"hf_ae\.pipelines\.(text_to_image|caption_prior|drawing_request|image_io|prompt_reading|repo_code|repo_parts)",
     ],
     [r"hf_ae\.(codec|latents|hub|diffusion)(\.\w+)?", r"hf_ae\.sampling", r"hf_ae\.export"],
     [r"hf_ae\.evaluation(\.\w+)?", r"hf_ae\.pipelines(\.vae_roundtrip)?"],

@@ -66,7 +66,7 @@ def test_a_model_of_fewer_images_than_a_batch_of_the_measures_is_saved_and_measu
     if model_type == "hf_ae_vae":
         assert model.config.scaling_factor != 1.0
     else:  # 7 × 7 codes of each of the 30 images
-        assert int(model.quantizers[0].index_counts.sum()) == 30 * 49
+        assert int(model.quantizers[0].frequencies.sum()) == 30 * 49
 
 
 def test_the_model_is_there_when_the_measures_fail(train_args, tmp_path):

@@ -13,15 +13,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
-from transformers.utils import logging
 from transformers.utils.generic import ModelOutput
 
 from .blocks import ACTIVATIONS
 from .bottlenecks import DiagonalGaussian
-from .configuration_autoencoder import AutoencoderConfig
+from .configuration_autoencoder import AutoencoderConfig, logger
 from .networks import build_decoder, build_encoder
 
-logger = logging.get_logger(__name__)
 P = ParamSpec("P")
 Result = TypeVar("Result")
 
