@@ -15,19 +15,20 @@ from .repo_parts import logger
 CACHED_TEXTS = 64
 JOINERS = frozenset("\u200d\ufe0e\ufe0f\U0001f3fb\U0001f3fc\U0001f3fd\U0001f3fe\U0001f3ff")
 """What joins emoji, chooses their style or their skin tone."""
+NAMES = {"\u2764": "red heart"}
+"""Where Unicode's name, here "heavy black heart", says another thing than people see."""
 LONG_PIECE = 4
 """A tokenizer that has as many letters of a word in one piece may know it."""
 
 
 @dataclass
 class EncodedText:
-    """A text's states (1, tokens, width), the end of it that was cut off, the caption that the prior takes it for, and
-    whether the tokenizer knows any of its words."""
+    """A text's states (1, tokens, width), the end of it that was cut off, and the caption that the prior takes it
+    for."""
 
     states: torch.Tensor
     cut: str
     caption: str | None
-    understood: bool
 
 
 class PromptReading:
@@ -40,7 +41,7 @@ class PromptReading:
         self._texts_from: tuple[Any, ...] | None = None
 
     def embeddings(self, texts: list[str], device: torch.device, clip_skip: int | None) -> torch.Tensor:
-        """Texts -> (texts, tokens, width). Warns of what is cut off, and of what says nothing to the tokenizer."""
+        """Texts -> (texts, tokens, width). Warns of what is cut off."""
         self._forget_if_changed(device)
         states = torch.cat([self._read(text, device, clip_skip).states for text in texts])
         for key in list(self._texts)[:-CACHED_TEXTS]:
@@ -69,9 +70,14 @@ class PromptReading:
         if read.cut:
             tokens = read.states.shape[1]
             logger.warning(f"The text encoder reads {tokens} tokens; this end of the prompt was cut off: {read.cut!r}")
-        if not read.understood:
-            logger.warning(f"The tokenizer knows no word of {text!r}: the image may show anything.")
         return read
+
+    def warn_of_unknown(self: Any, texts: list[str]) -> None:
+        """Warn of each text that says nothing to the tokenizer."""
+        for text in texts:
+            words = self.tokenizer(name_symbols(self.tokenizer, text), add_special_tokens=False, verbose=False)
+            if not understands(self.tokenizer, words):
+                logger.warning(f"The tokenizer knows no word of {text!r}: the image may show anything.")
 
     def _encode_text(self: Any, text: str, device: torch.device, clip_skip: int | None) -> EncodedText:
         tokenizer, config = self.tokenizer, self.text_encoder.config
@@ -88,7 +94,7 @@ class PromptReading:
         mean = (output[0] * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
         caption = None if self.prior is None else self.prior(mean)[0]
         states = output[0] if clip_skip is None else earlier_states(self.text_encoder, output, clip_skip)
-        return EncodedText(states, cut, caption, understands(tokenizer, words))
+        return EncodedText(states, cut, caption)
 
 
 def earlier_states(encoder: Any, output: Any, skipped: int) -> torch.Tensor:
@@ -119,7 +125,7 @@ def bare(piece: str) -> str:
 def name_symbols(tokenizer: Any, text: str) -> str:
     """A text with the Unicode name of each emoji that the tokenizer does not know, such as "rocket", instead of it."""
     unknown = {sign for sign in text if unicodedata.category(sign) == "So" and is_unknown(tokenizer, sign)}
-    names = {sign: unicodedata.name(sign, "").lower() for sign in unknown}
+    names = {sign: NAMES.get(sign, unicodedata.name(sign, "").lower()) for sign in unknown}
     names = {sign: name for sign, name in names.items() if name and not name.startswith("regional indicator")}
     if not names:
         return text

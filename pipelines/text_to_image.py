@@ -221,6 +221,7 @@ class TextToImagePipeline(DrawingState, PromptReading, RepoLoading, DiffusionPip
         """The prompts' embeddings (images drawn, tokens, width). Sets the request's `captions`."""
         states = request.prompt_embeds
         if request.prompts is not None:
+            self.warn_of_unknown(request.prompts)
             request.captions = self.captions(request.prompts, device)
             states = self.embeddings(request.captions or request.prompts, device, request.clip_skip)
         return self._for_each_image(request, states, device)
