@@ -136,10 +136,14 @@ def test_the_lock_is_released_on_errors_and_its_folder_can_be_trained_into(train
 
 
 def train_on(output: Path, whole: Path, step: int, *command: object) -> None:
-    """Finish the run in `output` after five more steps, and train as long in `whole` at one go."""
+    """Finish the run in `output` after five more steps, and train as long in `whole` at one go; in processes of
+    their own where there is a command for them."""
     for folder, resume in ((output, ["--resume_from_checkpoint", "latest"]), (whole, [])):
-        flags = [*command, *LONG, "--max_train_steps", step + 5, "--output_dir", folder, *resume]
-        run_ranks(1, *flags)
+        flags = [*map(str, LONG), "--max_train_steps", str(step + 5), "--output_dir", str(folder), *resume]
+        if command:
+            run_ranks(1, *command, *flags)
+        else:
+            main(flags)
 
 
 def assert_bitwise_equal(one: Path, other: Path):
@@ -155,10 +159,11 @@ def test_sigterm_saves_a_checkpoint_from_which_the_run_goes_on_bitwise(tmp_path)
     assert child.returncode == 143 and "Traceback" not in err
     last = err.strip().splitlines()[-1]
     assert last.startswith(f"stopped: SIGTERM at step {step};") and last.endswith("--resume_from_checkpoint latest")
-    train_on(tmp_path / "cut", tmp_path / "whole", step, "-m", "hf_ae.train")
+    train_on(tmp_path / "cut", tmp_path / "whole", step)
     assert_bitwise_equal(tmp_path / "cut", tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_a_run_stops_when_accelerate_launch_is_stopped(tmp_path):
     """Which passes no signals on to a single process."""
     child = start(tmp_path / "run", *LAUNCH, "-m", "hf_ae.train")

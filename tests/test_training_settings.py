@@ -248,6 +248,7 @@ with training(TrainingArguments(output_dir=sys.argv[1])) as accelerator:
 """
 
 
+@pytest.mark.slow
 def test_processes_wait_for_the_main_one_and_share_its_errors(tmp_path):
     (tmp_path / "program.py").write_text(PROCESSES)
     for said in run_ranks(2, tmp_path / "program.py", tmp_path):
