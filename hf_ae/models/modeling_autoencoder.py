@@ -325,7 +325,8 @@ class AutoencoderModel(PreTrainedModel):
         self, pixel_values: Tensor, hidden_states: list[Tensor] | None = None
     ) -> tuple[Tensor, list[Tensor]]:
         """What the bottleneck takes, and remembered positions."""
-        if self.training and torch.is_grad_enabled() and self.is_gradient_checkpointing:
+        checkpoints = any(getattr(layer, "gradient_checkpointing", False) for layer in self.encoder.modules())
+        if checkpoints and self.training and torch.is_grad_enabled():
             # reentrant checkpoints only work for what depends on an input with a gradient
             pixel_values = pixel_values if pixel_values.requires_grad else pixel_values.detach().requires_grad_()
         return self.encoder(pixel_values, hidden_states)
