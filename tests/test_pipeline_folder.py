@@ -19,8 +19,8 @@ import hf_ae
 from hf_ae.hub.cards import write_card
 from hf_ae.hub.pipeline_folder import code_files, compact, save_pipeline
 from hf_ae.hub.push import check_folder, refresh
-from hf_ae.hub.remote_code import bundle
 from hf_ae.pipelines import CaptionPrior, TextToImagePipeline
+from hf_ae.pipelines.repo_code import bundle
 
 BUNDLE = "vae/modeling_hf_ae_vae.py"
 PARTS = {

@@ -20,8 +20,8 @@ from transformers import (
 import hf_ae
 from hf_ae.hub.cards import write_card
 from hf_ae.hub.pipeline_folder import save_pipeline
-from hf_ae.hub.remote_code import bundle
 from hf_ae.pipelines import CaptionPrior, TextToImagePipeline, text_to_image
+from hf_ae.pipelines.repo_code import bundle
 
 TOKENS, SIDE, SCALE, CHANNELS = 12, 16, 2, 4
 """Tokens of a text; pixels of a side; pixels to a latent position; latent channels."""

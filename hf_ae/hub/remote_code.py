@@ -1,7 +1,7 @@
 """The code that a repository carries, so that it loads where hf_ae is not installed.
 
 A model folder holds the modules of `hf_ae/models` that its classes need, as `save_pretrained` copies them. A component
-of a pipeline needs all of them in one file, since diffusers downloads only that one: `bundle` joins them.
+of a pipeline needs all of them in one file, since diffusers downloads only that one: see `pipelines/repo_code.py`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from ..models.image_processing import AutoencoderImageProcessor
 from .files import read_json, to_json
 
 SIBLING_IMPORT = re.compile(r"^from \.(\w+) import (?:\([^)]*\)|.*)\n", re.M)
-FUTURE = "from __future__ import annotations\n"
 
 
 def in_order(module: Path) -> list[Path]:
@@ -28,15 +27,6 @@ def in_order(module: Path) -> list[Path]:
     names = SIBLING_IMPORT.findall(module.read_text())
     before = [path for name in names for path in in_order(module.with_name(f"{name}.py"))]
     return list(dict.fromkeys([*before, module]))
-
-
-def bundle(module: Path) -> str:
-    """A module and what it imports from its folder, as one file. The modules may not define a name twice."""
-    parts = [
-        f"# {path.name}\n\n{SIBLING_IMPORT.sub('', path.read_text().replace(FUTURE, ''))}" for path in in_order(module)
-    ]
-    head = f'"""Modules of hf_ae, joined into one file: change them there."""\n\n{FUTURE}'
-    return re.sub(r"\n{4,}", "\n\n\n", "\n\n\n".join([head, *parts]))
 
 
 def model_class(config: dict[str, Any]) -> Any:
