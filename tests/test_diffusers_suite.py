@@ -31,6 +31,8 @@ from diffusers_tests.pipelines.stable_diffusion import test_stable_diffusion as 
 from diffusers_tests.pipelines.stable_diffusion import test_stable_diffusion_img2img as image_to_image  # noqa: E402
 from diffusers_tests.pipelines.stable_diffusion import test_stable_diffusion_inpaint as inpainting  # noqa: E402
 
+torch.use_deterministic_algorithms(False)  # which importing them switches on, for all tests of this process
+
 if importlib.util.find_spec("torchsde") is None:
     common.KarrasDiffusionSchedulers = [s for s in common.KarrasDiffusionSchedulers if "SDE" not in s.name]
 
