@@ -89,3 +89,8 @@ def warnings(monkeypatch):
     logged: list[str] = []
     monkeypatch.setattr(repo_parts.logger, "warning", logged.append)
     return logged
+
+
+def pytest_ignore_collect(collection_path, config):
+    """Other projects' suites are slow, and collecting them fetches them."""
+    return True if config.option.markexpr == "not slow" and collection_path.name.endswith("_suite.py") else None

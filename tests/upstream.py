@@ -6,11 +6,14 @@ names a checkout where github.com cannot be reached.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 import subprocess
 import sys
 import tarfile
 import types
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 
@@ -21,12 +24,25 @@ CACHE = Path(__file__).resolve().parent.parent / ".upstream"
 
 def run(*command: str) -> None:
     """Run a command that needs the network; the test is skipped where it fails."""
-    done = subprocess.run(command, capture_output=True, text=True)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    except subprocess.TimeoutExpired:
+        pytest.skip(f"{' '.join(command[:4])}: no answer", allow_module_level=True)
     if done.returncode:
         said = (done.stderr.strip() or "failed").splitlines()[-1]
         pytest.skip(f"{' '.join(command[:4])}: {said}", allow_module_level=True)
 
 
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """One process at a time: several workers collect the same tests."""
+    CACHE.mkdir(exist_ok=True)
+    with (CACHE / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+@alone()
 def transformers_source() -> Path:
     """The unpacked source distribution of the installed transformers."""
     name = f"transformers-{version('transformers')}"
@@ -38,6 +54,7 @@ def transformers_source() -> Path:
     return CACHE / name
 
 
+@alone()
 def diffusers_source() -> Path:
     """A checkout of diffusers at the tag of the installed version, or `DIFFUSERS_SOURCE`."""
     if given := os.environ.get("DIFFUSERS_SOURCE"):
