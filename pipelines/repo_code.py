@@ -14,12 +14,16 @@ FUTURE = "from __future__ import annotations\n"
 HEAD = f'"""Modules of hf_ae, joined into one file: change them there."""\n\n{FUTURE}'
 
 
+def siblings(module: Path) -> list[Path]:
+    """What a module imports from its folder, there or not."""
+    return [module.with_name(f"{name}.py") for name in SIBLING_IMPORT.findall(module.read_text())]
+
+
 def in_order(module: Path) -> list[Path]:
     """A module after all that it imports from its folder, each once; those that are not there are left out."""
     if not module.is_file():
         return []
-    names = SIBLING_IMPORT.findall(module.read_text())
-    before = [path for name in names for path in in_order(module.with_name(f"{name}.py"))]
+    before = [path for sibling in siblings(module) for path in in_order(sibling)]
     return list(dict.fromkeys([*before, module]))
 
 

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from ..errors import require
 from .feature_network import FeatureNetwork
+from .record import own_random_numbers
 
 
 class AsTheyAre(nn.Module):
@@ -56,8 +57,7 @@ def kernel(real: Tensor, fake: Tensor, seed: int = 0) -> float:
         metric = KernelInceptionDistance(feature=AsTheyAre(real.shape[1]), subsets=100, subset_size=size)
     metric.update(real.float(), real=True)
     metric.update(fake.float(), real=False)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with own_random_numbers(seed=seed):
         return 1000 * metric.compute()[0].item()
 
 

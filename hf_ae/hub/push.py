@@ -17,7 +17,7 @@ from ..errors import UserError, first_line, require
 from ..loading import HUB_ERRORS, LOADING_ERRORS
 from ..training.arguments import TrainingArguments, write_recipe
 from ..training.output_folder import end_run
-from .card_parts import front_matter
+from .card_parts import body_of, front_matter
 from .cards import write_card
 from .eval_results import check_eval_results
 from .files import read_json
@@ -165,8 +165,7 @@ def check_card(path: Path, needed: Sequence[str]) -> None:
     """Raise ValueError unless the card has front matter with the `needed` fields, and text."""
     text = path.read_text()
     lacking = [k for k in needed if not front_matter(text).get(k)]
-    body = re.sub(r"\A---\n.*?\n---\n", "", text, flags=re.S).strip()
-    complete = not lacking and body
+    complete = not lacking and body_of(text)
     require(complete, f"The card {path} is not complete: {', '.join(lacking) or 'text'} is missing from it.")
 
 

@@ -325,8 +325,8 @@ class AutoencoderModel(PreTrainedModel):
         self, pixel_values: Tensor, hidden_states: list[Tensor] | None = None
     ) -> tuple[Tensor, list[Tensor]]:
         """What the bottleneck takes, and remembered positions."""
-        checkpoints = any(getattr(layer, "gradient_checkpointing", False) for layer in self.encoder.modules())
-        if checkpoints and self.training and torch.is_grad_enabled():
+        learns = self.training and torch.is_grad_enabled()
+        if learns and any(getattr(layer, "gradient_checkpointing", False) for layer in self.encoder.modules()):
             # reentrant checkpoints only work for what depends on an input with a gradient
             pixel_values = pixel_values if pixel_values.requires_grad else pixel_values.detach().requires_grad_()
         return self.encoder(pixel_values, hidden_states)
@@ -363,7 +363,8 @@ class AutoencoderModel(PreTrainedModel):
         if torch.compiler.is_compiling() or pixel_values.device.type == "meta" or not pixel_values.numel():
             return
         if pixel_values.device.type == "cpu" or not self._saw_pixels:
-            self._saw_pixels, largest = True, pixel_values.detach().abs().amax().item()
+            self._saw_pixels, (least, most) = True, pixel_values.detach().aminmax()
+            largest = max(-least.item(), most.item())
             if largest > FAR_OUT:
                 raise ValueError(f"pixel_values reach {largest:g}, and {advice}")
 

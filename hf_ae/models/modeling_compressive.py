@@ -18,7 +18,6 @@ from .modeling_autoencoder import (
     AutoencoderOutput,
     EncoderOutput,
     check_unused,
-    pooled,
     with_offload_hook,
 )
 
@@ -90,7 +89,7 @@ class CompressiveAutoencoderModel(AutoencoderModel):
         configuration."""
         self._check_pixels(pixel_values)
         hidden_states = self._hidden_states(output_hidden_states)
-        encoded = self._encode(pixel_values.to(self.dtype), hidden_states, quality=quality)
+        encoded: Any = self._encode(pixel_values.to(self.dtype), hidden_states, quality=quality)
         return encoded if self._as_dict(return_dict) else encoded.to_tuple()
 
     def forward(
@@ -118,6 +117,16 @@ class CompressiveAutoencoderModel(AutoencoderModel):
         """As every model; the tables of the entropy coder are brought up to date first."""
         self.update_tables()
         super().save_pretrained(*args, **kwargs)
+
+    # The steps of the flow
+
+    def bottleneck(self, encoder_output: Tensor, quality: float | Tensor | None = None) -> CompressiveEncoderOutput:
+        if self.training:
+            self.tables_are_stale = True
+        level = self.levels(quality, encoder_output.shape[0])
+        written = self.quantize(encoder_output.float(), level)._asdict()
+        latents = self.to_latents(written.pop("values"), level).to(self.dtype)
+        return CompressiveEncoderOutput(latents=latents, level=level, **written)
 
     # Quality and distortion
 
@@ -155,14 +164,9 @@ class CompressiveAutoencoderModel(AutoencoderModel):
 
     # The codec's view
 
-    def analyse(self, pixel_values: Tensor, hidden_states: list[Tensor] | None = None) -> Tensor:
+    def analyse(self, pixel_values: Tensor) -> Tensor:
         """pixel_values, padded to whole positions -> the latents before quantization, float32."""
-        low, high = self.config.pixel_range
-        rows, columns = pixel_values.shape[2:]
-        stride = self.config.downsampling
-        padding = (0, -columns % stride, 0, -rows % stride)
-        x = F.pad((pixel_values - low) / (high - low) - 0.5, padding, mode="replicate")
-        return self._encoder_output(x.to(self.dtype), hidden_states)[0].float()
+        return self._encoder_output(pixel_values)[0].float()
 
     def update_tables(self) -> None:
         """Bring the tables of the entropy coder up to date with trained weights. Loaded models keep the tables they
@@ -181,20 +185,15 @@ class CompressiveAutoencoderModel(AutoencoderModel):
 
     # Internals
 
-    def _encode(
-        self, pixel_values: Tensor, hidden_states: list[Tensor] | None = None,
-        quality: float | Tensor | None = None, **how: Any,
-    ) -> CompressiveEncoderOutput:  # fmt: skip
-        if self.training:
-            self.tables_are_stale = True
-        unquantized = self.analyse(pixel_values, hidden_states)
-        level = self.levels(quality, unquantized.shape[0])
-        written = self.quantize(unquantized, level)._asdict()
-        latents = self.to_latents(written.pop("values"), level).to(self.dtype)
-        encoded = CompressiveEncoderOutput(latents=latents, level=level, pooler_output=pooled(latents), **written)
-        if hidden_states is not None:
-            encoded.hidden_states = tuple(hidden_states)
-        return encoded
+    def _encoder_output(
+        self, pixel_values: Tensor, hidden_states: list[Tensor] | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
+        low, high = self.config.pixel_range
+        rows, columns = pixel_values.shape[2:]
+        stride = self.config.downsampling
+        padding = (0, -columns % stride, 0, -rows % stride)
+        x = F.pad((pixel_values - low) / (high - low) - 0.5, padding, mode="replicate")
+        return super()._encoder_output(x.to(self.dtype), hidden_states)
 
     def _to_pixels(self, logits: Tensor) -> Tensor:
         low, high = self.config.pixel_range

@@ -121,9 +121,10 @@ class VAEModel(AutoencoderModel):
     def _encoder_output(
         self, pixel_values: Tensor, hidden_states: list[Tensor] | None = None
     ) -> tuple[Tensor, list[Tensor]]:
-        if hidden_states is not None or self.training:  # of whole images
-            return super()._encoder_output(pixel_values, hidden_states)
-        return self._in_parts(lambda x: self.encoder(x)[0], pixel_values, down=True), []
+        whole = super()._encoder_output
+        if hidden_states is not None:  # of whole images
+            return whole(pixel_values, hidden_states)
+        return self._in_parts(lambda x: whole(x)[0], pixel_values, down=True), []
 
     def _decode_to_pixels(self, latents: Tensor, pool_positions: list[Tensor] | None = None) -> Tensor:
         return self._in_parts(super()._decode_to_pixels, latents, down=False)
