@@ -64,8 +64,8 @@ PIPELINE_REGISTRY.supported_tasks["image-feature-extraction"]["impl"] = (
 )
 
 _ROOMS = (
-    "codec", "data", "diffusion", "evaluation", "export", "hub", "latents", "loading", "metrics", "pipelines", "plots",
-    "sampling", "training",
+    "codec", "data", "diffusion", "disentanglement", "evaluation", "export", "hub", "latents", "loading", "metrics",
+    "pipelines", "plots", "sampling", "training",
 )  # fmt: skip
 
 

@@ -16,7 +16,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS = [
     [r"hf_ae\.errors"],
-    [r"hf_ae\.(models|training)(\.\w+)?", r"hf_ae\.(metrics|plots)"],
+    [r"hf_ae\.(models|training)(\.\w+)?", r"hf_ae\.(metrics|plots|disentanglement)"],
     [
         r"hf_ae\.data(\.\w+)?",
         r"hf_ae\.loading",

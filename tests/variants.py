@@ -49,6 +49,7 @@ VARIANTS = {
         "hf_ae_beta_vae",
         dict(hidden_sizes=[16], latent_dim=5, objective="total_correlation", dataset_size=100),
     ),
+    "beta-vae-factor": ("hf_ae_beta_vae", dict(hidden_sizes=[16], latent_dim=5, objective="factor")),
     "vaegan-mlp": (
         "hf_ae_vaegan",
         dict(hidden_sizes=[16], latent_dim=5, discriminator_channels=[4, 8], feature_weight=0.01),

@@ -37,10 +37,11 @@ class BetaVAEConfig(VAEConfig):
     model_type = "hf_ae_beta_vae"
 
     objective: str = "beta"
-    """`beta` (β·KL, Higgins 2017), `capacity` (β·|KL − C|, C growing from 0 to `capacity`, Burgess 2018) or
-    `total_correlation` (mutual information + β·TC + dimension-wise KL, Chen 2018)."""
+    """`beta` (β·KL, Higgins 2017), `capacity` (β·|KL − C|, C growing from 0 to `capacity`, Burgess 2018),
+    `total_correlation` (mutual information + β·TC + dimension-wise KL, Chen 2018) or `factor` (KL + β·TC, with the
+    total correlation told by a discriminator, Kim and Mnih 2018)."""
     beta: float = 4.0
-    """β, called γ by Burgess et al."""
+    """β, called γ by Burgess et al. and by Kim and Mnih."""
     capacity: float | None = None
     """Final C in nats (objective `capacity`, default 25)."""
     capacity_steps: int | None = None
@@ -48,7 +49,7 @@ class BetaVAEConfig(VAEConfig):
     dataset_size: int | None = None
     """Images in the training set (objective `total_correlation`; hf_ae.train fills it in)."""
 
-    choices = {**VAEConfig.choices, "objective": ("beta", "capacity", "total_correlation")}
+    choices = {**VAEConfig.choices, "objective": ("beta", "capacity", "total_correlation", "factor")}
 
     def fill_defaults(self) -> None:
         super().fill_defaults()
@@ -64,8 +65,8 @@ class BetaVAEConfig(VAEConfig):
             self.objective == "capacity" or (self.capacity is None and self.capacity_steps is None),
             f"capacity and capacity_steps contradict objective={self.objective!r}: write objective='capacity'.",
         )
-        good = self.objective != "total_correlation" or self.latent_dim is not None
-        require(good, "objective='total_correlation' needs vector latents: write latent_dim.")
+        good = self.objective not in ("total_correlation", "factor") or self.latent_dim is not None
+        require(good, f"objective={self.objective!r} needs vector latents: write latent_dim.")
         good = self.capacity_steps is None or self.capacity_steps >= 1
         require(good, f"capacity_steps={self.capacity_steps} must be at least 1.")
 

@@ -1,4 +1,4 @@
-"""PatchGAN and the adversarial losses."""
+"""Discriminators of images and of latents, and the adversarial losses."""
 
 from __future__ import annotations
 
@@ -33,6 +33,24 @@ class PatchGAN(nn.Module):
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         features = self.layers(pixels)
         return self.to_logits(features), features
+
+
+class LatentDiscriminator(nn.Sequential):
+    """latents (batch, latent_dim) -> (batch,): log q(z) / Π q(z_j), once it tells latents from those whose values were
+    permuted over the batch, each on its own (Kim and Mnih 2018, section 3). As there six layers of leaky ReLU, of 256
+    units instead of 1,000."""
+
+    def __init__(self, latent_dim: int, width: int = 256, layers: int = 6) -> None:
+        steps: list[nn.Module] = []
+        for inputs in [latent_dim] + [width] * (layers - 1):
+            steps += [nn.Linear(inputs, width), nn.LeakyReLU(0.2)]
+        super().__init__(*steps, nn.Linear(width, 1), nn.Flatten(0))
+
+
+def permuted(latents: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Latents (batch, latent_dim), each of their values from another image of the batch."""
+    order = torch.rand(latents.shape, generator=generator, device=latents.device).argsort(0)
+    return latents.gather(0, order)
 
 
 def discriminator_loss(kind: str, real: Tensor, fake: Tensor) -> Tensor:

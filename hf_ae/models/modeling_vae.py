@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .bottlenecks import DiagonalGaussian, total_correlation_terms
 from .configuration_vae import BetaVAEConfig, VAEConfig
+from .discriminators import LatentDiscriminator, discriminator_loss, frozen, permuted
 from .modeling_autoencoder import AutoencoderModel, AutoencoderOutput, EncoderOutput, check_unused
 from .tiling import tiled
 
@@ -147,7 +148,9 @@ class BetaVAEModel(VAEModel):
 
     `objective`: `beta`: β·KL (Higgins et al. 2017). `capacity`: β·|KL − C| with C growing linearly over the first
     `capacity_steps` training forward passes (Burgess et al. 2018, equation 8). `total_correlation`: mutual information
-    + β·total correlation + dimension-wise KL (Chen et al. 2018), estimated from the batch.
+    + β·total correlation + dimension-wise KL (Chen et al. 2018), estimated from the batch. `factor`: KL + β·total
+    correlation (Kim and Mnih 2018, equation 2), estimated by a `discriminator` of latents: the gradients of the term
+    `total_correlation` reach the encoder alone, those of the term `discriminator` the discriminator alone.
     """
 
     config: BetaVAEConfig
@@ -157,10 +160,12 @@ class BetaVAEModel(VAEModel):
         super().__init__(config)
         if config.objective == "capacity":
             self.register_buffer("forward_passes", torch.zeros((), dtype=torch.int64))
+        if config.objective == "factor":
+            self.discriminator = LatentDiscriminator(config.latent_shape[0])
 
     @property
     def is_regularized(self) -> bool:
-        return self.config.beta > 0
+        return self.config.beta > 0 or self.config.objective == "factor"
 
     @property
     def kl_weight_field(self) -> str | None:
@@ -179,16 +184,36 @@ class BetaVAEModel(VAEModel):
     def penalties(self, pixel_values: Tensor, encoded: Any) -> dict[str, Tensor]:
         beta, posterior = self.config.beta, encoded.latent_dist
         if self.config.objective == "total_correlation":
-            if self.config.dataset_size is None:
-                raise ValueError("objective='total_correlation' needs dataset_size, the number of training images.")
-            z = encoded.latents
-            if not self.training:  # latents are the mean there; the estimate needs samples, always the same ones
-                z = posterior.sample(torch.Generator(z.device).manual_seed(0))
-            terms = total_correlation_terms(z.float(), posterior, self.config.dataset_size)
-            return {**terms, "total_correlation": beta * terms["total_correlation"]}
+            return self._decomposed(encoded)
         kl = posterior.kl().mean()
+        if self.config.objective == "factor":
+            return {"kl": kl, **self._factor_terms(encoded)}
         if self.config.objective == "beta":
             return {"kl": beta * kl}
         if self.training and torch.is_grad_enabled():
             self.forward_passes += 1
         return {"kl": beta * (kl - self.current_capacity).abs()}
+
+    def _decomposed(self, encoded: Any) -> dict[str, Tensor]:
+        if self.config.dataset_size is None:
+            raise ValueError("objective='total_correlation' needs dataset_size, the number of training images.")
+        z, _ = self._drawn(encoded)
+        terms = total_correlation_terms(z.float(), encoded.latent_dist, self.config.dataset_size)
+        return {**terms, "total_correlation": self.config.beta * terms["total_correlation"]}
+
+    def _factor_terms(self, encoded: Any) -> dict[str, Tensor]:
+        z, generator = self._drawn(encoded)
+        independent = permuted(z.detach(), generator)
+        joint, product = self.discriminator(torch.cat([z.detach(), independent])).chunk(2)
+        return {
+            "total_correlation": self.config.beta * frozen(self.discriminator, z).float().mean(),
+            "discriminator": discriminator_loss("non_saturating", joint, product),
+        }
+
+    def _drawn(self, encoded: Any) -> tuple[Tensor, torch.Generator | None]:
+        """Draws of the posteriors, which the latents are in `train()`; in `eval()` always the same, by the generator
+        that is returned."""
+        if self.training:
+            return encoded.latents, None
+        generator = torch.Generator(encoded.latents.device).manual_seed(0)
+        return encoded.latent_dist.sample(generator), generator

@@ -79,7 +79,7 @@ def discriminator_wins(config: Any, losses: dict[str, float]) -> str | None:
 
     `losses` are those of an evaluation, where the adversarial term has the weight `adversarial_weight` alone.
     """
-    if "discriminator" not in losses or not config.adversarial_weight:
+    if "adversarial" not in losses or not config.adversarial_weight:
         return None
     adversarial, discriminator = losses["adversarial"] / config.adversarial_weight, losses["discriminator"]
     saturated = 1.0 if config.adversarial_loss == "hinge" else 3.0
