@@ -6,7 +6,7 @@ that extracts features. Its rooms, such as `hf_ae.codec` and `hf_ae.latents`, ar
 
 import importlib
 import sys
-from types import ModuleType
+from typing import Any
 
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, PreTrainedModel
 from transformers.pipelines import PIPELINE_REGISTRY
@@ -69,9 +69,15 @@ _ROOMS = (
 )  # fmt: skip
 
 
-def __getattr__(name: str) -> ModuleType:
+_PARTS = {"encode_dataset": "latents.encoding"}
+"""What is imported when it is first used -> its module."""
+
+
+def __getattr__(name: str) -> Any:
     if name in _ROOMS:
         return importlib.import_module(f".{name}", __name__)
+    if name in _PARTS:
+        return getattr(importlib.import_module(f".{_PARTS[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -265,6 +265,17 @@ def push_and_read_dataset(repo_id, folder):
     return {"plain": intact(), "streaming": intact(streaming=True)}
 
 
+def encode_and_push(model, folder, repo_id):
+    """Encode a dataset of the Hub with the command line, upload the latents and load them by their id."""
+    from command_line import runs
+    from datasets import load_dataset
+
+    words = ["encode", model, "--dataset_name", "me/images", "-o", folder]
+    runs(*words, "--keep_columns", "label", "--push_to_hub", repo_id)
+    rows = load_dataset(repo_id)
+    return {"splits": list(rows), **rows["train"].to_dict()}
+
+
 def use_history(repo_id, wrong):
     """What the Hub promises about revisions, listings, parts of files and refusals, for the client library alone."""
     from huggingface_hub import HfApi, HfFileSystem, hf_hub_download

@@ -57,16 +57,17 @@ def test_shipped_checkpoint_reconstructs_as_its_card_says(folder):
 def test_wheel_holds_all_of_the_package_and_nothing_else(tmp_path):
     source = tmp_path / "source"  # a copy: what an earlier build left beside the checkout does not count
     source.mkdir()
-    for name in ("pyproject.toml", "README.md", "LICENSE", "hf_ae_cli.py"):
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
-    for name in ("hf_ae", "pipelines"):
+    for name in ("hf_ae", "hf_ae_cli", "pipelines"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
     pip = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q", "-w", tmp_path, source]
     subprocess.run(pip, check=True, capture_output=True)
     names = zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist()
     files = {f"hf_ae/{path.relative_to(ROOT / 'hf_ae')}" for path in (ROOT / "hf_ae").rglob("*.py")}
     files |= {f"hf_ae/pipelines/{path.name}" for path in (ROOT / "pipelines").glob("*.py")}
-    files |= {"hf_ae_cli.py", "hf_ae/py.typed", "hf_ae/evaluation/feature_network.safetensors"}
+    files |= {f"hf_ae_cli/{path.name}" for path in (ROOT / "hf_ae_cli").glob("*.py")}
+    files |= {"hf_ae/py.typed", "hf_ae/evaluation/feature_network.safetensors"}
     about = f"hf_ae-{hf_ae.__version__}.dist-info/"
     assert {name for name in names if not name.startswith(about)} == files
 

@@ -12,11 +12,12 @@ from .sources import (
     pick_split,
     read_labels,
     read_texts,
+    without_bars,
 )
 from .stream import ImageStream
 
 __all__ = [
     "ImageStream", "ImagesInMemory", "RandomCrops", "batch_for", "binarized_once", "check_column", "class_columns",
     "each_batch", "evaluation_split", "held_out_name", "image_column", "num_batches", "open_dataset", "pick_split",
-    "read_labels", "read_texts", "row_batches", "to_pixel_values",
+    "read_labels", "read_texts", "row_batches", "to_pixel_values", "without_bars",
 ]  # fmt: skip

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +26,26 @@ def open_dataset(name: str, config_name: str | None = None, streaming: bool = Fa
     import datasets
     from huggingface_hub.errors import HfHubHTTPError
 
-    bars = datasets.is_progress_bar_enabled()
-    datasets.disable_progress_bars()
     copy = Path(os.environ.get("HF_AE_DATASETS", "/nonexistent"), name.split("/")[-1])
     place = str(copy) if copy.is_dir() and not Path(name).exists() else name
     try:
-        return datasets.load_dataset(place, config_name, streaming=streaming)
+        with without_bars():
+            return datasets.load_dataset(place, config_name, streaming=streaming)
     except (OSError, RuntimeError, datasets.exceptions.DatasetsError, HfHubHTTPError, ValueError) as error:
         raise UserError(f"The dataset {name!r} cannot be opened: {first_line(error)}") from error
+
+
+@contextlib.contextmanager
+def without_bars() -> Iterator[None]:
+    """Without the progress bars of datasets, which show again afterwards where they did before."""
+    import datasets
+
+    shown = datasets.is_progress_bar_enabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
     finally:
-        if bars:
+        if shown:
             datasets.enable_progress_bars()
 
 

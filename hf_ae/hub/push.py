@@ -215,8 +215,23 @@ def push_folder(folder: str | Path, repo: str, private: bool = False, dry_run: b
     kind, prefix = ("space", "spaces/") if header.get("sdk") else ("model", "")
     if dry_run:
         return f"{api.endpoint}/{prefix}{repo}"
+    return upload(Path(folder), files, repo, kind, private, header.get("sdk"))
+
+
+def push_dataset(folder: str | Path, repo: str) -> str:
+    """Upload a folder of parquet files and its card to the dataset repository `repo`; returns its address. Raises
+    ValueError."""
+    return upload(Path(folder), ["README.md", "data/*.parquet"], repo, "dataset")
+
+
+def upload(
+    folder: Path, files: list[str], repo: str, kind: str, private: bool | None = None, sdk: str | None = None
+) -> str:
+    """Create the repository where it is not there, and upload the files in one commit; returns its address. Raises
+    ValueError."""
+    api, prefix = HfApi(), "" if kind == "model" else f"{kind}s/"
     try:
-        created = api.create_repo(repo, repo_type=kind, private=private, exist_ok=True, space_sdk=header.get("sdk"))
+        created = api.create_repo(repo, repo_type=kind, private=private, exist_ok=True, space_sdk=sdk)
     except HUB_ERRORS as error:  # refused, offline, no such host, no name of a repository
         raise UserError(f"Nothing was uploaded, and {repo} was not created: {first_line(error)}") from error
     try:

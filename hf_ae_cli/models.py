@@ -1,67 +1,39 @@
-"""The command line `hf-ae`: measure, compare, compress, draw, publish autoencoders.
-
-Only typer is imported here; each command imports what it needs, so that --help answers at once.
-"""
+"""Commands on models and pipelines."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None, help=__doc__)
-
-
-def option(text: str, *names: str, **limits: Any) -> Any:
-    """An option with this help text; it is named like its parameter, with hyphens, unless `names` says otherwise."""
-    return typer.Option(*names, help=text, **limits)
-
-
-ModelArgument = Annotated[str, typer.Argument(help="Folder or Hub id of a model.")]
-Model = Annotated[str, option("Folder or Hub id of a model.")]
-ImageFile = Annotated[Path, typer.Argument(help="Image file.")]
-Dataset = Annotated[str, option("Hub id of a dataset, or a folder.", "--dataset_name")]
-DatasetConfig = Annotated[str | None, option("Where the dataset has several.", "--dataset_config_name")]
-ImageColumn = Annotated[str | None, option("Default: the only one with images.", "--image_column")]
-LabelColumn = Annotated[str | None, option("Fit the sampler to each of these classes.", "--label_column")]
-Split = Annotated[str | None, option("Split to measure on; default: test or validation.")]
-TrainSplit = Annotated[str, option("Split to fit PCA and samplers on.", "--train_split")]
-MaxImages = Annotated[int | None, option("Take the first images only.", "--max_images", min=1)]
-Binarize = Annotated[bool, option("One fixed 0/1 draw of each pixel.", "--binarize")]
-Quality = Annotated[float | None, option("0 (smallest files) to 1; default: the model's.")]
-SamplerKind = Annotated[
-    str | None, option("Draw latents from: saved, prior, gaussian, mixture (fitted now).", "--sampler")
-]
-Network = Annotated[
-    str | None, option("An image model of transformers; default: one that ships.", "--feature_network")
-]
-Tasks = Annotated[str | None, option("reconstruction,likelihood,compression,generation; default: the first three.")]
-Pipeline = Annotated[str | None, option("Folder or Hub id of a pipeline; default: emoji-text-to-image.", "--model")]
-Table = Annotated[Path | None, option("Table to write, .md or .json; a figure .png beside it.", "-o", "--output")]
-Device = Annotated[str | None, option("cuda, mps, xpu or cpu; default: the first that is there.")]
-Replace = Annotated[bool, option("Put these figures in the place of fuller ones.", "--replace")]
-OutputFile = Annotated[Path, option("File to write.", "-o", "--output")]
-
-
-def main(argv: list[str] | None = None) -> None:
-    """Run the command line. Bad input ends with one line and exit code 2."""
-    arguments = sys.argv[1:] if argv is None else argv
-    try:
-        code = app(arguments or ["--help"], standalone_mode=False)
-    except (typer.Abort, KeyboardInterrupt):
-        print("stopped", file=sys.stderr)
-        sys.exit(130)
-    except Exception as error:
-        if hasattr(error, "format_message"):  # a wrong option or argument
-            print(f"error: {error.format_message()} See hf-ae --help.", file=sys.stderr)
-            sys.exit(2)
-        from hf_ae.errors import one_line_errors
-
-        with one_line_errors():
-            raise error
-    sys.exit(code or 0)
+from .options import (
+    Binarize,
+    Dataset,
+    DatasetConfig,
+    Device,
+    ImageColumn,
+    ImageFile,
+    LabelColumn,
+    MaxImages,
+    Model,
+    ModelArgument,
+    Network,
+    OutputFile,
+    Pipeline,
+    Quality,
+    Replace,
+    SamplerKind,
+    Split,
+    Table,
+    Tasks,
+    TrainSplit,
+    app,
+    check,
+    check_folder_of,
+    check_image_path,
+    option,
+)  # fmt: skip
 
 
 @app.command()
@@ -324,30 +296,3 @@ def demo(
     from hf_ae.demo import run
 
     run(output, seconds)
-
-
-def check_image_path(path: Path) -> None:
-    """Raise ValueError unless `path` can be written as an image; there are formats that Pillow only reads."""
-    from PIL import Image
-
-    kind = Image.registered_extensions().get(path.suffix.lower())  # which calls Image.init
-    check(kind is not None, f"{path} has no ending of an image, such as .png.")
-    check(kind in Image.SAVE, f"Pillow reads {kind} images and writes none: write {path.with_suffix('.png')}.")
-    check_folder_of(path)
-
-
-def check_folder_of(path: Path) -> None:
-    """Raise ValueError unless a file can be written at `path`."""
-    check(not path.is_dir(), f"{path} is a folder.")
-    check(path.resolve().parent.is_dir(), f"The folder of {path} does not exist.")
-
-
-def check(condition: bool, message: str) -> None:
-    if not condition:
-        from hf_ae.errors import UserError
-
-        raise UserError(message)
-
-
-if __name__ == "__main__":
-    main()
