@@ -7,7 +7,7 @@ The image is random; of models with spatial latents it is three times as high an
 
 from __future__ import annotations
 
-import sys
+import argparse
 import tempfile
 from pathlib import Path
 
@@ -37,5 +37,6 @@ def main(folders: list[Path]) -> None:
 
 
 if __name__ == "__main__":
-    shipped = sorted(path.parent for path in CARDS.glob("*/config.json"))
-    main([Path(name) for name in sys.argv[1:]] or shipped)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folders", nargs="*", type=Path, help="default: all of model_cards")
+    main(parser.parse_args().folders or sorted(path.parent for path in CARDS.glob("*/config.json")))

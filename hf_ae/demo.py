@@ -31,6 +31,7 @@ def run(output: Path, seconds: int) -> None:
     """Draw, compress and reconstruct with shipped checkpoints, then train, reload and evaluate a new model. Prints
     where each figure is."""
     require(SAMPLE.is_dir(), "hf-ae demo runs in a checkout of the project, which carries the sample it needs.")
+    require(not output.is_file(), f"{output} is a file: write -o with a folder.")
     output.mkdir(parents=True, exist_ok=True)
     print("1. Images from prompts, by emoji-text-to-image")
     draw_prompts(output / "prompts.png")
@@ -38,7 +39,7 @@ def run(output: Path, seconds: int) -> None:
     print("\n2. An image through a file and back, by emoji-compressive")
     compress(output / "file_and_back.png")
 
-    print("\n3. Shipped models on 12 held-out images of the bundled sample")
+    print("\n3. Shipped models on 500 held-out images of the bundled sample, the first 12 drawn")
     round_trip(output / "shipped_models.png")
 
     print(

@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import contextlib
 import io
+import logging
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -117,18 +119,35 @@ def export(model: Any, folder: str | Path, format: str = "onnx") -> dict[str, Pa
     """
     require(format in FORMATS, f"format={format!r} is not known: write one of {', '.join(FORMATS)}.")
     require(model.device.type == "cpu", "A model is exported on the CPU: model.to('cpu').")
-    exporter, config = exporter_of(format)
+    with silence():
+        exporter, config = exporter_of(format)
     folder, files, spatial = Path(folder), {}, model.config.latent_channels is not None
+    require(not folder.is_file(), f"{folder} is a file: write the folder to export into.")
+    own = (folder / "model.safetensors").exists()
+    require(not own, f"{folder} holds a model, which push would then refuse: export to a folder of its own.")
     folder.mkdir(parents=True, exist_ok=True)
     # an example with sizes of its own in each dimension: equal ones are taken for one and the same
     for name, part, inputs in parts(model, 5, (2, 3) if spatial else (1, 1)):
         shapes = dynamic_shapes(model, inputs)
-        with contextlib.redirect_stdout(io.StringIO()):  # the exporter tells of its steps
+        with silence():
             program, _ = exporter.export_program(part, inputs, config=config(dynamic=True, dynamic_shapes=shapes))
         files[name] = folder / f"{name}{FORMATS[format]}"
         save(program, files[name])
     model.config.save_pretrained(folder)
     return files
+
+
+@contextlib.contextmanager
+def silence() -> Iterator[None]:
+    """Without what exporters tell of their steps, of versions and of what they could not guess; errors are raised."""
+    before = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
 
 
 def exporter_of(format: str) -> tuple[Any, Any]:
@@ -146,6 +165,8 @@ def exporter_of(format: str) -> tuple[Any, Any]:
 def save(program: Any, path: Path) -> None:
     """An ONNX model, its weights in the same file, or a torch.export program."""
     if path.suffix == ".pt2":
+        # guards of sizes that the example does not share, such as a batch of one, for which the program is right too
+        program._guards_code = []
         torch.export.save(program, path)
     else:
         import onnx_ir

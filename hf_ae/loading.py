@@ -22,6 +22,8 @@ from .models.image_processing import AutoencoderImageProcessor
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 """The folder of the project, where the package runs from a checkout."""
+PIPELINE = "model_index.json"
+"""The file that makes a folder a pipeline."""
 DEFAULT_PIPELINE = CHECKOUT / "model_cards" / "emoji-text-to-image"
 """The text-to-image pipeline that a checkout carries."""
 
@@ -43,7 +45,9 @@ kind."""
 @contextlib.contextmanager
 def opening(what: str, name: str | Path) -> Iterator[None]:
     """Open a checkpoint inside: any error becomes a ValueError that names `what` it is and the folder or Hub id."""
-    good = Path(name).is_dir() or str(name).count("/") == 1
+    path = Path(name)
+    require(not path.is_file(), f"The {what} {name} is a file: write the folder that holds it.")
+    good = path.is_dir() or str(name).count("/") == 1
     require(good, f"The {what} {name} is neither a folder nor a Hub id (owner/name).")
     try:
         with quiet():
@@ -51,7 +55,15 @@ def opening(what: str, name: str | Path) -> Iterator[None]:
     except SafetensorError as error:
         raise UserError(f"The {what} {name} is damaged: {first_line(error)}") from error
     except LOADING_ERRORS as error:
-        raise UserError(f"The {what} {name} cannot be loaded: {first_line(error)}") from error
+        here = "" if path.is_dir() else " There is no such folder here."
+        raise UserError(f"The {what} {name} cannot be loaded: {first_line(error)}{here}") from error
+
+
+def check_kind(name: str | Path, wanted: str) -> None:
+    """Raise ValueError where a folder holds a pipeline and a model is wanted, or the other way round."""
+    is_pipeline, is_model = ((Path(name) / file).is_file() for file in (PIPELINE, "config.json"))
+    kind = "pipeline" if is_pipeline else "model" if is_model else wanted
+    require(kind == wanted, f"{name} is a {kind}, and a {wanted} is needed here.")
 
 
 @contextlib.contextmanager
@@ -106,6 +118,7 @@ def load_model(
     name: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> tuple[Any, AutoencoderImageProcessor]:
     """(model in eval mode, image processor) of a folder or Hub id, one of this family. Raises ValueError."""
+    check_kind(name, "model")
     with opening("model", name):
         kind = AutoConfig.from_pretrained(name).model_type
         require(kind.startswith("hf_ae_"), f"it is a {kind!r} model, not one of hf_ae's.")
@@ -122,6 +135,8 @@ def load_autoencoder(
     """
     from diffusers import AutoencoderKL, AutoencoderTiny
 
+    if not subfolder:
+        check_kind(name, "model")
     kinds: dict[str, Any] = {cls.__name__: cls for cls in (AutoencoderKL, AutoencoderTiny)}
     with opening("model", name):
         config = AutoencoderKL.load_config(str(name), subfolder=subfolder or None)
@@ -144,9 +159,10 @@ def load_pipeline(
 
     from .pipelines.text_to_image import TextToImagePipeline
 
-    found = name is not None or (DEFAULT_PIPELINE / "model_index.json").is_file()
+    found = name is not None or (DEFAULT_PIPELINE / PIPELINE).is_file()
     require(found, "Which pipeline? Write --model with a folder or a Hub id.")
     name = DEFAULT_PIPELINE if name is None else name
+    check_kind(name, "pipeline")
     with opening("pipeline", name):
         pipe = TextToImagePipeline.from_pretrained(name).to(device)
     if scheduler is not None:

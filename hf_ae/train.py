@@ -33,7 +33,7 @@ from hf_ae.data import (
 )
 from hf_ae.errors import UserError, one_line_errors, require, user_input
 from hf_ae.hub.cards import write_card
-from hf_ae.hub.push import check_login, publish
+from hf_ae.hub.push import check_publishing, publish
 from hf_ae.hub.remote_code import carried_code
 from hf_ae.loading import load_model
 from hf_ae.plots import labelled_rows
@@ -93,8 +93,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def train(args: ImageTrainingArguments) -> None:
     """Everything from the flags to a finished model folder."""
-    if args.push_to_hub:
-        check_login()
+    check_publishing(args)
     resume_from = check_request(args, {})
     with training(args) as accelerator:
         train_model(args, accelerator, resume_from)

@@ -32,7 +32,7 @@ from hf_ae.diffusion.text_encoders import (
 )
 from hf_ae.errors import one_line_errors, require
 from hf_ae.hub.pipeline_folder import save_pipeline
-from hf_ae.hub.push import check_login, publish
+from hf_ae.hub.push import check_publishing, publish
 from hf_ae.loading import image_processor_for, load_autoencoder, load_pipeline
 from hf_ae.plots import image_grid
 from hf_ae.training.arguments import TrainingArguments, flag, parse_arguments, parse_overrides
@@ -109,8 +109,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def train(args: LatentDiffusionArguments) -> None:
     """Everything from the flags to a finished pipeline folder."""
-    if args.push_to_hub:
-        check_login()
+    check_publishing(args)
     question = (
         "Which autoencoder? Write --vae with a folder or Hub id, or --pretrained_pipeline to go on from a pipeline."
     )

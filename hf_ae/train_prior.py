@@ -33,7 +33,7 @@ from hf_ae.data import (
     to_pixel_values,
 )
 from hf_ae.errors import one_line_errors, require, user_input
-from hf_ae.hub.push import check_login, publish
+from hf_ae.hub.push import check_publishing, publish
 from hf_ae.loading import load_model
 from hf_ae.models.modeling_code_prior import CodePrior
 from hf_ae.plots import image_grid
@@ -92,8 +92,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def train(args: PriorArguments) -> None:
     """Everything from the flags to a finished model folder."""
-    if args.push_to_hub:
-        check_login()
+    check_publishing(args)
     question = "Which model? Write --model with a folder or Hub id of a trained hf_ae_vqvae or hf_ae_vqvae2."
     resume_from = check_request(args, {"model": question})
     with training(args) as accelerator:

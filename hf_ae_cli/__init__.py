@@ -1,13 +1,13 @@
 """The command line `hf-ae`: measure, compare, compress, draw, publish autoencoders, and use what they encode.
 
-Only typer is imported here; each command imports what it needs, so that --help answers at once.
+hf-ae COMMAND --help tells of each. In Python: import hf_ae.
 """
 
 from __future__ import annotations
 
 import sys
 
-import typer
+import typer  # alone: each command imports what it needs, so that --help answers at once
 
 from . import codes, models  # noqa: F401  they add their commands
 from .options import app

@@ -20,6 +20,7 @@ from .options import (
     ModelArgument,
     Network,
     OutputFile,
+    OutputFolder,
     Pipeline,
     Quality,
     Replace,
@@ -65,8 +66,6 @@ def evaluate(
     run: dict[str, Any] = dict(device=device, replace=replace)
     metrics = evaluation.evaluate(model, dataset_name, **run, **data, **how, **generation)
     print(evaluation.summary(metrics))
-    if Path(model).is_dir():
-        print(f"Written to {model}: metrics.json, the card README.md and its figures")
 
 
 @app.command("fit-sampler")
@@ -151,6 +150,8 @@ def compress(
     """Compress an image with an autoencoder into a small file that names the model: its Hub id, or a relative path as
     it is written here."""
     check_folder_of(output)
+    image_name = output.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp", ".avif")
+    check(not image_name, f"{output} would be no {output.suffix} image: write {output.with_suffix('.hfae')}.")
     from hf_ae import codec
     from hf_ae.loading import load_autoencoder, pick_device
 
@@ -174,12 +175,18 @@ def decompress(
     check_image_path(output)
     check(file.is_file(), f"The file {file} does not exist.")
     from hf_ae import codec
+    from hf_ae.errors import UserError
     from hf_ae.loading import load_autoencoder, pick_device
 
     data = file.read_bytes()
     name = model or codec.unpack(data).model_id
     check(bool(name), f"{file} names no model: write --model with the one it was made with.")
-    image = codec.decompress(data, load_autoencoder(name, device=pick_device(device, float64=True)))
+    try:
+        loaded = load_autoencoder(name, device=pick_device(device, float64=True))
+    except UserError as error:
+        advice = "" if model else f" {file} names it so: write --model where it lies elsewhere."
+        raise UserError(f"{error}{advice}") from error
+    image = codec.decompress(data, loaded)
     image.save(output)
     print(f"Written: {output}, {image.width}×{image.height} pixels")
 
@@ -220,7 +227,7 @@ def generate(
     images: Annotated[int, option("Images to draw, with seeds from --seed on.", min=1)] = 1,
     height: Annotated[int | None, option("In pixels; default: the size of training.")] = None,
     width: Annotated[int | None, option("In pixels.")] = None,
-    image: Annotated[Path | None, option("Start from this image.")] = None,
+    image: Annotated[Path | None, option("Start from this image, cut to the size that is drawn.")] = None,
     strength: Annotated[float, option("How far to leave --image: 0 not at all, 1 entirely.")] = 0.8,
     scheduler: Annotated[str | None, option("A diffusers scheduler class; default: the pipeline's.")] = None,
     steps_grid: Annotated[str | None, option("Draw a sheet, one row for each: 10,15,20,30,40.")] = None,
@@ -231,17 +238,23 @@ def generate(
     check_image_path(output)
     from hf_ae.diffusion.drawing import draw_images, steps_sheet, whole_numbers
     from hf_ae.errors import user_input
-    from hf_ae.loading import load_pipeline, pick_device
-    from hf_ae.models.image_processing import open_image, to_mode
+    from hf_ae.loading import load_pipeline, pick_device, pipeline_image_processor
+    from hf_ae.models.image_processing import open_image
 
     options: dict[str, Any] = dict(
         negative_prompt=negative_prompt, guidance_scale=guidance_scale, height=height, width=width
     )
-    if image is not None:
-        with user_input():
-            options |= dict(image=to_mode(open_image(image), 3), strength=strength)
     counts = None if steps_grid is None else whole_numbers(steps_grid)
+    with user_input():
+        start = None if image is None else open_image(image)
     pipe = load_pipeline(model, scheduler, pick_device(device))
+    if start is not None:
+        processor = pipeline_image_processor(pipe)
+        own = processor.target_size()
+        size = {"height": height or own[0], "width": width or own[1]}
+        with user_input():
+            pixels = processor.preprocess(start, size=size).pixel_values
+        options |= dict(image=processor.postprocess(pixels), strength=strength)
     if counts:
         steps_sheet(pipe, prompt, counts, seed, seeds, options).save(output)
     else:
@@ -258,11 +271,12 @@ def export(
     """Write the encoder and the decoder of a model as ONNX or torch.export programs, and compare what they compute."""
     from hf_ae.export import differences
     from hf_ae.export import export as write
-    from hf_ae.loading import load_model
+    from hf_ae.loading import image_processor_for, load_autoencoder
 
-    loaded, processor = load_model(model)
+    loaded = load_autoencoder(model)
+    check(hasattr(loaded, "codec_method"), f"{model} is a model of diffusers: hf-ae export takes those of hf_ae.")
     files = write(loaded, output, format)
-    processor.save_pretrained(output)
+    image_processor_for(loaded).save_pretrained(output)
     for name, found in differences(loaded, files).items():
         largest = ", ".join(f"{key} {value.max():.1e}" for key, value in found.items())
         print(f"Written: {files[name]}, largest difference from the model: {largest}")
@@ -289,7 +303,7 @@ def push(
 
 @app.command()
 def demo(
-    output: OutputFile = Path("demo"), seconds: Annotated[int, option("How long to train, about.", min=5)] = 60
+    output: OutputFolder = Path("demo"), seconds: Annotated[int, option("How long to train, about.", min=5)] = 60
 ) -> None:
     """Show the product on what the checkout carries: prompts to images, a round trip, and a model trained, reloaded,
     evaluated."""

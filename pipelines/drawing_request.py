@@ -223,6 +223,8 @@ class DrawingRequest:
         self.shape = (drawn, *self.shape)
         given = self.shape if self.latents is None else tuple(getattr(self.latents, "shape", ()))
         require(given == self.shape, f"latents must have shape {self.shape}, but have {given}.")
+        tensor = self.latents is None or isinstance(self.latents, torch.Tensor)
+        require(tensor, f"latents are of type {type(self.latents).__name__}: pass a tensor.")
         images = 1 if self.pixels is None else len(self.pixels)
         require(images in (1, prompts), f"{images} images for {prompts} prompts: pass one for all, or one for each.")
         if self.generator is not None:

@@ -52,21 +52,33 @@ def read_image(image: Any, channels: int) -> torch.Tensor:
 
 
 def upright(image: Image.Image, mode: str) -> Image.Image:
-    """A PIL image of any mode -> L or RGB, turned as its EXIF entry asks, transparent parts white. Gray of 16 or 32
-    bits or floats is scaled: white is 1 (floats up to 1), 255 (values up to 255) or 65535. Raises ValueError."""
+    """A PIL image of any mode -> L or RGB, turned as its EXIF entry asks, transparent parts white. Raises
+    ValueError."""
     try:
         image.load()
         image = ImageOps.exif_transpose(image)
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"the image cannot be read: {str(error).splitlines()[0]}") from error
     if image.mode == "F" or image.mode.startswith("I"):
-        values = np.asarray(image, dtype=np.float32)
-        white = 255.0 if image.mode in ("F", "I") and values.max() <= 255 else 65535.0
-        white = 1.0 if image.mode == "F" and values.max() <= 1 else white
-        image = Image.fromarray((values / white * 255).round().clip(0, 255).astype(np.uint8))
+        image = deep_to_8_bits(image)
     if image.has_transparency_data:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
     return image.convert(mode)
+
+
+def deep_to_8_bits(image: Image.Image) -> Image.Image:
+    """Gray image of 16 or 32 bits or floats -> L. White is 1 (floats up to 1), 255 (values up to 255) or 65535;
+    up to a tenth beyond black and white is limited. Raises ValueError for other values."""
+    values = np.asarray(image, dtype=np.float32)
+    least, most = float(values.min()), float(values.max())
+    whites = {"F": (1.0, 255.0, 65535.0), "I": (255.0, 65535.0)}.get(image.mode, (65535.0,))
+    white = next((white for white in whites if most <= 1.1 * white), 0.0)  # 0 where none of them fits, or of NaN
+    known = " or ".join(f"0…{white:g}" for white in whites)
+    require(
+        white > 0 and least >= -0.1 * white,
+        f"the image holds values from {least:g} to {most:g}: bring them to {known}.",
+    )
+    return Image.fromarray((values / white * 255).round().clip(0, 255).astype(np.uint8))
 
 
 def present(pixels: torch.Tensor, output_type: str) -> list[Image.Image] | np.ndarray | torch.Tensor:

@@ -13,9 +13,10 @@ from shipped import MODELS
 from variants import make
 
 import hf_ae
+from hf_ae import train
 from hf_ae.evaluation.record import combined
 from hf_ae.hub.card_parts import BEGIN, END
-from hf_ae.hub.cards import write_card
+from hf_ae.hub.cards import MADE_WITH, write_card
 from hf_ae.hub.eval_results import check_eval_results, write_eval_results
 from hf_ae.hub.push import check_folder
 from hf_ae.loading import load_model
@@ -188,3 +189,86 @@ def test_push_refuses_foreign_models_pickles_and_libraries_in_one_line(folder, t
 def test_an_ending_that_pillow_only_reads_is_refused_before_the_work(tmp_path, capsys):
     for command in (["decompress", "no.hfae"], ["roundtrip", "no.png", "--model", "me/none"]):
         fails(capsys, [*command, "-o", tmp_path / "x.psd"], "Pillow reads PSD images and writes none", "x.png")
+
+
+# What must not be lost
+
+
+def write(card, text, encoding="utf-8"):
+    card.write_bytes(text.encode(encoding))
+    return card.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("text", "encoding", "words"),
+    [
+        (f"# Mine\n\nHello.\n\n{BEGIN}\n\nold\n", "utf-8", "lost one of the marks"),
+        (f"# Mine\n\nHello.\n\nold\n\n{END}\n", "utf-8", "lost one of the marks"),
+        (f"{END}\n{BEGIN}\n", "utf-8", "lost one of the marks"),
+        ("---\nlicense: [mit\nlanguage: de\n---\n# Mine\n", "utf-8", "no valid YAML"),
+        ("---\n- mit\n---\n# Mine\n", "utf-8", "must hold fields"),
+        ("---\nmodel-index:\n- name: x\n---\n# Mine\n", "utf-8", "model-index"),
+        ("# Für Bäume\n", "latin-1", "UTF-8"),
+    ],
+)
+def test_a_card_that_cannot_be_kept_is_refused_before_any_work(folder, text, encoding, words, capsys, monkeypatch):
+    before = write(folder / "README.md", text, encoding)
+    monkeypatch.setattr("hf_ae.evaluation.evaluate.load_model", None)  # not even the model is read
+    fails(capsys, ["evaluate", folder, *SMALL], words)
+    monkeypatch.undo()
+    words_of_training = ["--output_dir", str(folder), "--overwrite_output_dir", "--max_train_steps", "1"]
+    fails(capsys, ["--dataset_name", str(SAMPLE), *words_of_training], words, main=train.main)
+    assert (folder / "README.md").read_bytes() == before
+
+
+def test_our_sentence_in_a_persons_card_does_not_make_it_ours(folder):
+    card, text = folder / "README.md", f"# My model\n\n{MADE_WITH}\nI trained it on my own photos for 3 weeks."
+    write(card, text)
+    write_card(folder)
+    assert f"---\n\n{text}\n\n{BEGIN}" in card.read_text()
+
+
+def test_fields_of_a_person_stay(folder):
+    card = folder / "README.md"
+    index = "model-index:\n- name: mine\n  results:\n  - task: {type: t}\n    dataset: {type: d/e, name: d}\n"
+    index += "    metrics: [{type: acc, value: 0.5}, {type: mse, value: 9.0}]\n"
+    write(card, f"\ufeff---\nlicense: mit\ntags: mine\ndatasets: me/photos\n{index}---\n\n# Mine\n")
+    for _ in range(2):
+        runs("evaluate", folder, *SMALL, "--max_images", 20)
+        data = ModelCard.load(card).data
+        assert (data.license, data.datasets) == ("mit", ["me/photos"]) and {"mine", "hf_ae"} <= set(data.tags)
+        results = [(result.metric_type, result.metric_value) for result in data.eval_results]
+        assert ("acc", 0.5) in results and ("mse", 9.0) not in results and len(results) == 5
+    assert "\ufeff" not in card.read_text() and card.read_text().count("license") == 1
+
+
+def test_what_was_kept_is_named_and_not_said_to_be_written(folder, tmp_path, capsys):
+    shutil.copytree(SAMPLE, tmp_path / "copy")
+    runs("evaluate", folder, *SMALL, "--max_images", 40)
+    assert f"Written to {folder}" in capsys.readouterr().out
+    other = ["--dataset_name", tmp_path / "copy", "--tasks", "reconstruction", "--train_split", "none"]
+    for words in (SMALL, other):
+        runs("evaluate", folder, *words, "--max_images", 1)
+        printed = capsys.readouterr().out
+        assert "more images (reconstruction of 40 images): write --replace" in printed and "Written" not in printed
+
+
+def test_a_local_dataset_is_local_from_wherever_one_looks(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "me").mkdir()
+    shutil.copytree(SAMPLE, tmp_path / "me" / "data")
+    words = ["--dataset_name", "me/data", "--output_dir", "trained", "--max_train_steps", "1"]
+    words += ["--validation_epochs", "0", "--max_train_samples", "64", "--config_overrides", "hidden_sizes=[8]"]
+    train.main(words)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    write_card(tmp_path / "trained")
+    card = ModelCard.load(tmp_path / "trained" / "README.md")
+    assert card.data.datasets is None and "dataset_name: ./me/data" in card.text
+    monkeypatch.chdir(tmp_path)
+    runs("evaluate", "trained", "--dataset_name", "me/data", "--max_images", 20, "--tasks", "reconstruction")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    write_card(tmp_path / "trained")
+    assert not (tmp_path / "trained" / ".eval_results").exists()
+    results = ModelCard.load(tmp_path / "trained" / "README.md").data.eval_results
+    assert {(result.dataset_type, result.dataset_name) for result in results} == {("imagefolder", "data")}

@@ -13,6 +13,7 @@ import torch
 from command_line import fails, runs
 from PIL import Image
 from processes import run_python
+from shipped import ROOT
 from variants import make, rgb_model, shaken, smooth_image
 
 import hf_ae
@@ -56,7 +57,7 @@ def test_no_file_holds_a_path_of_this_machine(tmp_path, monkeypatch):
     assert unpack(data).model_id == "" and str(tmp_path).encode() not in data
     with pytest.raises(ValueError, match="pass the model"):
         decompress(data)
-    for private in (str(folder), "~/model", "C:\\Users\\me\\model", "../me/model"):
+    for private in (str(folder), "~/model", "C:\\Users\\me\\model", "../me/model", "file:///me/model"):
         with pytest.raises(ValueError, match="a path of this machine"):
             compress(load_autoencoder(folder), image, model_id=private)
     monkeypatch.chdir(tmp_path)
@@ -227,3 +228,31 @@ def test_a_damaged_checksum_is_found_before_a_model_is_looked_for():
     data = pack(File("latents", "L", 3, 5, b"abc", "me/none", b"body"))
     with pytest.raises(CorruptFileError, match="checksum"):
         decompress(data[:-4] + (zlib.crc32(data) ^ 1).to_bytes(4, "little"))
+
+
+@pytest.mark.parametrize("quality", ["x", float("nan"), -1, 2, True])
+def test_a_quality_that_is_none_is_one_line(quality):
+    with pytest.raises(ValueError, match="must lie between 0"):
+        compress(shaken(amount=0.02), smooth_image(), quality=quality)
+
+
+def test_mistaken_places_are_named(tmp_path, capsys):
+    photo = tmp_path / "photo.png"
+    smooth_image().save(photo)
+    model, pipe = ROOT / "model_cards" / "emoji-compressive", ROOT / "model_cards" / "emoji-text-to-image"
+    fails(capsys, ["compress", photo, "--model", model, "-o", tmp_path / "x.png"], "no .png image", "x.hfae")
+    fails(capsys, ["compress", photo, "--model", pipe, "-o", tmp_path / "x.hfae"], "is a pipeline, and a model")
+    fails(capsys, ["generate", "cat", "--model", model, "-o", tmp_path / "x.png"], "is a model, and a pipeline")
+    fails(
+        capsys, ["compress", photo, "--model", "model_cards/emoji", "-o", tmp_path / "x.hfae"], "no such folder here"
+    )
+    fails(capsys, ["roundtrip", tmp_path, "--model", model, "-o", tmp_path / "x.png"], "is a folder: give an image")
+    fails(capsys, ["evaluate", model, "--dataset_name", photo], "is a file")
+    fails(capsys, ["evaluate", photo, "--dataset_name", tmp_path], "is a file: write the folder")
+    file = tmp_path / "x.hfae"
+    file.write_bytes(compress(load_autoencoder(model), photo, model_id="cards/emoji"))
+    fails(capsys, ["decompress", file, "-o", tmp_path / "y.png"], "names it so: write --model")
+    fails(capsys, ["demo", "-o", photo], "is a file")
+    fails(capsys, ["push", model, "--repo", "a/b/c", "--dry-run"], "no repository 'a/b/c'")
+    fails(capsys, ["push", model, "--repo", "b", "--dry-run"], "has no owner")
+    fails(capsys, ["compare", model, "--dataset_name", tmp_path, "--sampler", "foo"], "sampler='foo'")

@@ -1,11 +1,16 @@
 """ONNX and torch.export programs compute what the models do, at other batches and sizes than the example's."""
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import onnxruntime
 import pytest
 import torch
 from command_line import fails, runs
+from shipped import ROOT
 from variants import VARIANTS, make, pixels, shaken
 
 import hf_ae
@@ -71,3 +76,36 @@ def test_the_command_line_exports_and_ten_lines_of_onnxruntime_use_it(tmp_path, 
     assert (tmp_path / "onnx" / "preprocessor_config.json").is_file()
     wrong = ["export", tmp_path / "model", "-o", tmp_path / "x", "--format", "coreml"]
     fails(capsys, wrong, "format='coreml'", "onnx, torch")
+
+
+@pytest.mark.parametrize("name", ["compressive", "vae-resnet", "vqvae-ema"])
+def test_a_torch_program_takes_single_images_and_other_sizes(name, tmp_path):
+    """It refused a batch of one, and sides as long as the model's own."""
+    model = make(name).eval()
+    encoder = torch.export.load(export(model, tmp_path, "torch")["encoder"]).module()
+    for batch, rows, columns in ((1, 1, 1), (2, 1, 2), (3, 4, 1), (1, 3, 5)):
+        height, width = (side * times for side, times in zip(model.config.image_hw, (rows, columns)))
+        x = torch.rand(batch, model.config.num_channels, height, width)
+        inputs = {"pixel_values": x} | ({"quality": torch.full((batch,), 0.5)} if name == "compressive" else {})
+        with torch.no_grad():
+            wanted = model._encode(**{"pixel_values": x, **({"quality": 0.5} if "quality" in inputs else {})})
+        torch.testing.assert_close(encoder(**inputs)["latents"], wanted.latents, rtol=1e-4, atol=1e-4)
+
+
+def test_the_autoencoder_in_a_pipeline_is_exported_and_noise_is_not_printed(tmp_path):
+    """In a process of its own: what is printed there is what a user sees."""
+    folder = ROOT / "model_cards" / "emoji-text-to-image"
+    words = ["hf-ae", "export", str(folder / "vae"), "-o", str(tmp_path / "onnx")]
+    words[0] = str(Path(sys.executable).with_name("hf-ae"))
+    done = subprocess.run(words, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0 and len(done.stdout.splitlines()) == 2 and not done.stderr.strip(), done.stderr
+    assert (tmp_path / "onnx" / "preprocessor_config.json").is_file()
+
+
+def test_where_an_export_cannot_go(tmp_path, capsys):
+    model = make("vae-mlp")
+    model.save_pretrained(tmp_path / "model")
+    (tmp_path / "file").touch()
+    for place, words in (("file", "is a file"), ("model", "folder of its own")):
+        fails(capsys, ["export", tmp_path / "model", "-o", tmp_path / place], words)
+    fails(capsys, ["export", ROOT / "model_cards" / "emoji-text-to-image", "-o", tmp_path / "x"], "is a pipeline")

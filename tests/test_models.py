@@ -264,9 +264,16 @@ def test_vae_tiling_covers_large_images_and_slicing_is_exact():
         whole = model.encode(large).latents
         model.enable_slicing()
         torch.testing.assert_close(model.encode(large).latents, whole, rtol=1e-4, atol=1e-5)
-        model.enable_tiling(32)
+        model.enable_tiling(tile_size=32)
         tiles = model.encode(large).latents
         image = model.decode(tiles).sample
+        for off in (lambda: model.enable_tiling(False), model.disable_tiling):  # as diffusers calls them
+            model.enable_tiling()
+            assert not torch.equal(model.encode(large).latents, whole)
+            off()
+            torch.testing.assert_close(model.encode(large).latents, whole, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="write tile_size=32"):
+        model.enable_tiling(32)
     assert tiles.shape == whole.shape and image.shape == large.shape
     with pytest.raises(ValueError, match="spatial latents"):
         make("vae-mlp").enable_tiling()

@@ -1,5 +1,6 @@
 """Bad input of TextToImagePipeline: one clear line each. Tiny random models."""
 
+import numpy as np
 import pytest
 import torch
 from tiny_pipelines import PROMPT, SIDE, TOKENS, components, pipeline
@@ -9,6 +10,7 @@ from hf_ae.pipelines import TextToImagePipeline
 PICTURE, TEXT = torch.zeros(3, SIDE, SIDE), torch.zeros(1, TOKENS, 16)
 BAD = {
     "empty prompt": ({"prompt": " "}, "prompt=' ' says nothing to draw"),
+    "latents as an array": ({"latents": np.zeros((1, 4, SIDE // 2, SIDE // 2))}, "of type ndarray: pass a tensor"),
     "one empty prompt": ({"prompt": ["a cat", ""]}, "none of them empty"),
     "no prompts": ({"prompt": []}, "says nothing to draw"),
     "prompt is no text": ({"prompt": 3}, "prompt=3 says nothing"),

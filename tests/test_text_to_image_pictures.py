@@ -45,6 +45,7 @@ GRAY = {
     "32 bits of 8": of_mode("I", 255),
     "floats to 1": of_mode("F", 1),
     "floats to 255": of_mode("F", 255),
+    "floats, resampled": of_mode("F", 1.001),
 }
 PICTURES = GRAY | {
     "colours": COLOURS,
@@ -65,6 +66,23 @@ def test_the_pipeline_reads_pictures_as_the_image_processor_does(name, channels)
     found = read_image(PICTURES[name], channels)
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
     assert found.shape[2:] == ((SIDE + 2, SIDE) if name == "turned" else (SIDE, SIDE + 2))
+
+
+def floats(low, high, mode="F"):
+    values = low + RAMP * (high - low)
+    return Image.fromarray(values.astype(np.float32 if mode == "F" else np.int32))
+
+
+@pytest.mark.parametrize(
+    "image",
+    [floats(-1, 1), floats(0, 1e6), floats(0, np.nan), floats(0, 1 << 24, "I"), floats(-500, 500, "I")],
+    ids=["-1 to 1", "millions", "NaN", "24 bits", "signed"],
+)
+def test_values_that_say_nothing_of_black_and_white_are_refused(image):
+    with pytest.raises(ValueError, match=r"holds values from .* bring them to 0…"):
+        read_image(image, 1)
+    with pytest.raises(ValueError, match=r"holds values from .* bring them to 0…"):
+        hf_ae.AutoencoderImageProcessor()(image)
 
 
 @pytest.mark.parametrize("name", GRAY)

@@ -279,6 +279,9 @@ def test_names_are_checked_before_images_are_decoded(train_args, tmp_path, capsy
 def test_recipes_that_are_no_text_and_overrides_that_are_no_yaml_are_named(capsys, tmp_path):
     (tmp_path / "photo.yaml").write_bytes(b"\xff\xd8\xff\xe0\x00\x10JFIF\x9c")
     fails(capsys, [tmp_path / "photo.yaml"], "photo.yaml", "no text", main=main)
+    (tmp_path / "list.yaml").write_text("- learning_rate: 0.1\n")
+    fails(capsys, [tmp_path / "list.yaml"], "holds no keys", main=main)
+    fails(capsys, [tmp_path], "is a folder", main=main)
     flags = ["--dataset_name", SAMPLE, "--output_dir", tmp_path / "run"]
     fails(capsys, [*flags, "--config_overrides", "latent_dim={4"], "latent_dim={4", main=main)
 

@@ -54,7 +54,8 @@ def compress(model: Any, image: Any, quality: float | None = None, model_id: str
     keeps their files; "" saves these bytes. Raises ValueError for images that the model cannot take, for transparency
     and for an absolute model_id.
     """
-    good = quality is None or 0 <= quality <= 1
+    number = isinstance(quality, int | float) and not isinstance(quality, bool)
+    good = quality is None or (number and 0 <= quality <= 1)
     require(good, f"quality={quality} must lie between 0 (smallest files) and 1 (best images).")
     image = prepare_image(image, num_channels(model))
     check_work(model, *image.size)
@@ -135,7 +136,7 @@ def prepare_image(image: Any, channels: int) -> Image.Image:
     advice = "PIL.Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)"
     require(opaque, f"{wrong}: lay it on a background first, such as {advice}.")
     gray = image.mode in ("1", "L", "LA", "I", "F") or image.mode.startswith("I;16")
-    advice = "convert it first with image.convert('L')"
+    advice = "make it gray first, such as with PIL's image.convert('L')"
     require(channels == 3 or gray, f"This model codes gray images, and the image has colours: {advice}.")
     check_pixels(*image.size)
     return to_mode(image, 1 if gray else 3)
@@ -146,7 +147,7 @@ def shared_name(name: Any) -> str:
     on this machine somebody keeps their files."""
     name = str(name)
     absolute = PurePosixPath(name).is_absolute() or bool(PureWindowsPath(name).anchor)
-    return "" if absolute or name.startswith("~") or ".." in re.split(r"[/\\]", name) else name
+    return "" if absolute or name.startswith(("~", "file:")) or ".." in re.split(r"[/\\]", name) else name
 
 
 def check_work(

@@ -26,6 +26,7 @@ def open_dataset(name: str, config_name: str | None = None, streaming: bool = Fa
     import datasets
     from huggingface_hub.errors import HfHubHTTPError
 
+    require(not Path(name).is_file(), f"The dataset {name!r} is a file: write the folder that holds it.")
     copy = Path(os.environ.get("HF_AE_DATASETS", "/nonexistent"), name.split("/")[-1])
     place = str(copy) if copy.is_dir() and not Path(name).exists() else name
     try:
@@ -82,12 +83,14 @@ def image_column(rows: Any, name: str | None = None) -> str:
     else:
         columns = list(rows.features)
         images = [c for c in columns if isinstance(rows.features[c], datasets.Image)]
-    choice = f"--image_column with one of {', '.join(images or columns)}."
+    scalar = datasets.Value | datasets.ClassLabel
+    able = [c for c in columns if rows.features is None or not isinstance(rows.features[c], scalar)]
+    require(able, f"The dataset has no column of images: it has {', '.join(columns)}.")
+    choice = f"--image_column with one of {', '.join(images or able)}."
     if name is None:
         require(len(images) == 1, f"Which column holds the images? Write {choice}")
         return images[0]
     require(name in columns, f"There is no column {name!r}: write --image_column with one of {', '.join(columns)}.")
-    scalar = datasets.Value | datasets.ClassLabel
     wrong = rows.features is not None and isinstance(rows.features[name], scalar)
     require(not wrong, f"The column {name!r} holds no images: write {choice}")
     return name

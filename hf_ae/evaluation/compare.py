@@ -19,7 +19,15 @@ from ..metrics import reconstruction_metrics
 from ..plots import labelled_rows
 from .evaluate import reconstruct
 from .feature_network import load_feature_network
-from .generation import IMAGES, captions_of, find_sampler, measure_generation, model_generator, pipeline_generator
+from .generation import (
+    IMAGES,
+    captions_of,
+    check_sampler,
+    find_sampler,
+    measure_generation,
+    model_generator,
+    pipeline_generator,
+)
 
 COLUMNS = {
     "parameters": "parameters", "code_size": "latents", "mse": "MSE", "psnr": "PSNR (dB)", "ssim": "SSIM",
@@ -43,6 +51,7 @@ def compare(
     images of the split `train` against the evaluated ones; it is left out where there is no other split. `sampler` as
     in `hf-ae evaluate`. A text-to-image pipeline draws the captions, or the names of the classes, of the dataset.
     """
+    check_sampler(sampler)
     splits = open_dataset(dataset_name)
     evaluated = evaluation_split(splits, split)
     rows = pick_split(splits, evaluated)

@@ -19,6 +19,7 @@ from ..data import (
     binarized_once,
     each_batch,
     evaluation_split,
+    held_out_name,
     image_column,
     open_dataset,
     pick_split,
@@ -26,12 +27,14 @@ from ..data import (
     to_pixel_values,
 )
 from ..errors import UserError, require
+from ..hub.card_parts import read_card
 from ..hub.cards import write_card
 from ..loading import load_model, load_pipeline, pick_device, pipeline_image_processor
 from ..metrics import pca_reconstruction, reconstruction_metrics
 from ..models.image_processing import open_image, to_mode
 from ..models.quantizers import usage_and_perplexity
 from ..plots import image_grid, labelled_rows, latent_plane
+from ..training.arguments import local_or_id
 from .feature_network import load_feature_network
 from .generation import IMAGES, captions_of, find_sampler, measure_generation, model_generator, pipeline_generator
 from .likelihood import LIKELIHOODS, importance_weighted_bound
@@ -111,6 +114,8 @@ class Data:
         self.splits = open_dataset(self.request.dataset_name, self.request.dataset_config_name)
         self.split = evaluation_split(self.splits, self.request.split)
         self.rows = pick_split(self.splits, self.split)
+        if self.request.split is None and held_out_name(self.splits) is None:
+            print(f"The dataset has no split to test on: measured on its split {self.split!r} (--split).")
         self.column = image_column(self.rows, self.request.image_column)
 
     def pixels(self, split: str, limit: int | None = None) -> Tensor:
@@ -139,7 +144,9 @@ def evaluate(
     it also writes metrics.json, figures and the card. Figures there that were taken on more images stay, unless
     `replace`. device: see `hf_ae.loading.pick_device`.
     """
-    request, folder = Request(str(model), str(dataset_name), **options), Path(model)
+    request, folder = Request(str(model), local_or_id(dataset_name), **options), Path(model)
+    if save and folder.is_dir():
+        read_card(folder / "README.md")  # refused now, and not after the measuring
     if (folder / "model_index.json").is_file():
         return evaluate_pipeline(request, save, device, replace)
     loaded, processor = load_model(model, pick_device(device, float64=True))
@@ -168,8 +175,15 @@ def evaluate(
             image_grid(images[:80], 20, folder / "samples.png", cell=48)
         if "reconstruction" in written:
             draw_results(folder, loaded, rows, data, pixels)
-        write_card(folder)
+        finish(folder, written)
     return metrics
+
+
+def finish(folder: Path, written: set[str]) -> None:
+    """Write the card, and say what was written."""
+    write_card(folder)
+    if written:
+        print(f"Written to {folder}: metrics.json, the card README.md and its figures")
 
 
 def evaluate_pipeline(request: Request, save: bool, device: str | None, replace: bool) -> dict[str, Any]:
@@ -186,9 +200,9 @@ def evaluate_pipeline(request: Request, save: bool, device: str | None, replace:
     features = request.feature_network or "hf_ae"
     metrics = {"generation": {**found, "features": features, "command": request.command()}}
     folder = Path(request.model)
-    if save and save_metrics(folder, metrics, replace):
+    if save and (written := save_metrics(folder, metrics, replace)):
         image_grid(images[:64], 8, folder / "samples-of-captions.png", cell=64)
-        write_card(folder)
+        finish(folder, written)
     return metrics
 
 

@@ -67,13 +67,18 @@ def pipeline_generator(pipe: Any, prompts: Sequence[str], seed: int = 0, batch: 
     return ImageGenerator(generate, "prompts")
 
 
+def check_sampler(wanted: str | None) -> None:
+    """Raise ValueError for what `--sampler` does not know."""
+    good = wanted in (None, "saved", *KINDS)
+    require(good, f"sampler={wanted!r} is not known: write one of saved, {', '.join(KINDS)}.")
+
+
 def find_sampler(
     model: Any, folder: str, wanted: str | None, train_pixels: Callable[[], Tensor], labels: Tensor | None = None
 ) -> Sampler | None:
     """What `--sampler` says: a kind, fitted now to the latents of `train_pixels()`, or `saved`. None for N(0, I) or an
     own prior. Default: the sampler beside the model, where there is one. Raises ValueError."""
-    good = wanted in (None, "saved", *KINDS)
-    require(good, f"sampler={wanted!r} is not known: write one of saved, {', '.join(KINDS)}.")
+    check_sampler(wanted)
     if wanted == "saved" or (wanted is None and sampler_file(folder) is not None):
         return Sampler.load(folder)
     return None if wanted in (None, "prior") else fit(encode_all(model, train_pixels()), wanted, labels)

@@ -14,6 +14,7 @@ from ..hub.files import read_json
 
 COUNTED = ("likelihood", "compression", "generation")
 """Tasks that say themselves on how many images they were measured; the others share one number."""
+TASKS = ("reconstruction", *COUNTED)
 DATA = ("dataset", "split", "binarized")
 SHARED = (
     "images", "code_size", "command", "reconstruction", "pca", "denoising_input", "denoising", "codes",
@@ -39,7 +40,7 @@ def save_metrics(folder: Path, found: dict[str, Any], replace: bool = False) -> 
         counts = ", ".join(f"{task} of {images:,} images" for task, images in kept.items())
         print(f"metrics.json keeps what was measured on more images ({counts}): write --replace to replace it.")
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-    return {key for key in found if key not in kept}
+    return {task for task in TASKS if task in found and task not in kept}
 
 
 def combined(old: dict[str, Any], new: dict[str, Any], replace: bool) -> tuple[dict[str, Any], dict[str, int]]:
@@ -53,9 +54,9 @@ def combined(old: dict[str, Any], new: dict[str, Any], replace: bool) -> tuple[d
         return {**old, **{key: value for key, value in new.items() if key not in kept}}, kept
     same = all(old.get(key) == new[key] for key in DATA)
     if not same:
-        most = max((images_of(old, task) for task in ("reconstruction", *COUNTED)), default=0)
+        most = max((images_of(old, task) for task in TASKS), default=0)
         stays = most > new["images"] and not replace
-        return (old, dict.fromkeys(new, most)) if stays else ({**others, **new}, {})
+        return (old, {task: most for task in TASKS if task in new}) if stays else ({**others, **new}, {})
     kept = {} if replace else fuller(old, new)
     content = {**old, **{key: new[key] for key in (*DATA, *COUNTED) if key in new and key not in kept}}
     shared_stays = "reconstruction" in old and ("reconstruction" in kept or "reconstruction" not in new)
@@ -67,7 +68,7 @@ def combined(old: dict[str, Any], new: dict[str, Any], replace: bool) -> tuple[d
 
 def fuller(old: dict[str, Any], new: dict[str, Any]) -> dict[str, int]:
     """Tasks of which the old figures are of more images -> of how many."""
-    tasks = [task for task in ("reconstruction", *COUNTED) if task in new]
+    tasks = [task for task in TASKS if task in new]
     return {task: images_of(old, task) for task in tasks if images_of(old, task) > images_of(new, task)}
 
 

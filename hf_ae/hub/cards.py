@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import yaml
 from huggingface_hub import ModelCardData
 from safetensors.torch import load_file
 
-from .card_parts import body_of, front_matter, merged_front, with_section
+from .card_parts import body_of, front_matter, merged_front, read_card, with_section
 from .eval_results import METRIC_NAMES, hub_id, model_index, write_eval_results
 from .files import read_json
 from .pipeline_folder import components
@@ -49,7 +48,7 @@ def write_card(folder: str | Path) -> Path:
     """
     folder = Path(folder)
     name, path = folder.resolve().name, folder / "README.md"
-    old = path.read_text() if path.is_file() else ""
+    old = read_card(path)
     recipes = {
         file: yaml.safe_load((folder / file).read_text()) for file, _, _ in RECIPES if (folder / file).is_file()
     }
@@ -58,8 +57,7 @@ def write_card(folder: str | Path) -> Path:
     dataset = recipe.get("dataset_name") or metrics.get("dataset")
     is_pipeline = (folder / "model_index.json").is_file()
     front, sections = (pipeline_card if is_pipeline else model_card)(folder, name, metrics, dataset)
-    local = str(dataset).startswith("outputs/") or Path(str(dataset)).exists()
-    if dataset and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", dataset) and not local:
+    if hub_id(dataset):
         front["datasets"] = [dataset]
     sources = [recipe.get(field) for field in ("pretrained_model", "pretrained_pipeline", "vae", "text_encoder")]
     if bases := [source for source in sources if hub_id(source)]:

@@ -39,8 +39,9 @@ def measured(metrics: dict[str, Any]) -> dict[str, float]:
 def model_index(metrics: dict[str, Any]) -> list[EvalResult]:
     """metrics.json -> the card's model-index."""
     task: dict[str, Any] = dict(task_type="image-reconstruction", task_name="Image reconstruction")
-    data = metrics["dataset"]
-    task |= dict(dataset_type=data, dataset_name=data, dataset_split=metrics["split"])
+    data, there = metrics["dataset"], hub_id(metrics["dataset"])
+    task |= dict(dataset_type=data if there else "imagefolder", dataset_name=data if there else Path(data).name)
+    task |= dict(dataset_split=metrics["split"])
     figures = measured(metrics).items()
     return [EvalResult(**task, metric_type=k, metric_name=METRIC_NAMES[k], metric_value=value) for k, value in figures]
 

@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from ..errors import UserError, first_line, require
 from ..loading import HUB_ERRORS, LOADING_ERRORS
 from ..training.arguments import TrainingArguments, write_recipe
 from ..training.output_folder import end_run
-from .card_parts import body_of, front_matter
+from .card_parts import body_of, front_matter, read_card
 from .cards import write_card
 from .eval_results import check_eval_results
 from .files import read_json
@@ -210,12 +212,22 @@ def push_folder(folder: str | Path, repo: str, private: bool = False, dry_run: b
 
     Nothing is uploaded when the check fails (ValueError) or with `dry_run`; nothing is committed when nothing changed.
     """
+    check_repo_id(repo)
     files = check_folder(folder, dry_run)
     api, header = HfApi(), front_matter((Path(folder) / "README.md").read_text())
     kind, prefix = ("space", "spaces/") if header.get("sdk") else ("model", "")
     if dry_run:
         return f"{api.endpoint}/{prefix}{repo}"
     return upload(Path(folder), files, repo, kind, private, header.get("sdk"))
+
+
+def check_repo_id(repo: str) -> None:
+    """Raise ValueError unless it is owner/name as the Hub has them."""
+    try:
+        validate_repo_id(repo)
+    except HFValidationError as error:
+        raise UserError(f"The Hub has no repository {repo!r}: {first_line(error)}") from error
+    require("/" in repo, f"The repository {repo!r} has no owner: write owner/name.")
 
 
 def push_dataset(folder: str | Path, repo: str) -> str:
@@ -254,8 +266,12 @@ def publish(args: TrainingArguments, log: Callable[[str], Any], recipe: str = "r
         log(f"Pushed to {push_folder(folder, args.hub_model_id or folder.resolve().name, args.hub_private)}")
 
 
-def check_login() -> None:
-    """Raise ValueError unless the Hub can be reached with a valid token."""
+def check_publishing(args: TrainingArguments) -> None:
+    """Raise ValueError, before a training, for a card that cannot be kept up and, with `push_to_hub`, unless the Hub
+    can be reached with a valid token."""
+    read_card(Path(args.output_dir) / "README.md")
+    if not args.push_to_hub:
+        return
     try:
         HfApi().whoami()
     except HUB_ERRORS as error:

@@ -156,7 +156,8 @@ def fit(latents: Tensor, kind: str, labels: Tensor | None = None, components: in
         return prior(shape)
     size, most = f"{flat.shape[1]:,} values", f"{MOST_VALUES:,}"
     good = flat.shape[1] <= MOST_VALUES
-    require(good, f"The latents have {size}; a full covariance is fitted to at most {most}: write kind=prior.")
+    other = "of such latents, those of a VAE alone can be drawn, from N(0, I) (kind=prior)"
+    require(good, f"The latents have {size}, and a covariance is fitted to at most {most}: {other}.")
     groups = [(0, flat)] if labels is None else [(label, flat[labels == label]) for label in labels.unique().tolist()]
     fitted = [fit_group(group, kind, components, seed) for _, group in groups]
     weights = torch.cat([part[0] * len(group) / len(flat) for part, (_, group) in zip(fitted, groups)])
@@ -229,6 +230,8 @@ def fit_sampler(
     require(
         Path(name).is_dir(), f"{name} is no folder: the sampler is written beside the model, so download it first."
     )
+    own = "Only a variational autoencoder's latents follow N(0, I)"
+    require(kind != "prior" or model.can_sample, f"{own}: write --kind mixture.")
     splits = open_dataset(dataset_name, dataset_config_name)
     rows = pick_split(splits, train_split)
     pixels = ImagesInMemory.load(rows, find_image_column(rows, image_column), processor, limit=max_images).pixels

@@ -134,6 +134,8 @@ def open_image(image: Any) -> Image.Image:
         return ImageOps.exif_transpose(image)
     except FileNotFoundError as error:
         raise ValueError(f"{name} does not exist.") from error
+    except IsADirectoryError as error:
+        raise ValueError(f"{name} is a folder: give an image file.") from error
     except UnidentifiedImageError as error:
         raise ValueError(f"{name} is no image file that Pillow can read.") from error
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
@@ -155,14 +157,15 @@ def to_mode(image: Image.Image, num_channels: int) -> Image.Image:
 
 
 def to_8_bits(image: Image.Image) -> Image.Image:
-    """Gray image of 16 or 32 bits or floats -> L. White is 1 (floats up to 1), 255 (values up to 255) or 65535."""
+    """Gray image of 16 or 32 bits or floats -> L. White is 1 (floats up to 1), 255 (values up to 255) or 65535;
+    up to a tenth beyond black and white is limited. Raises ValueError for other values."""
     values = np.asarray(image, dtype=np.float32)
-    if image.mode == "F" and values.max() <= 1:
-        white = 1.0
-    elif image.mode != "I;16" and values.max() <= 255:
-        white = 255.0
-    else:
-        white = 65535.0
+    least, most = float(values.min()), float(values.max())
+    whites = {"F": (1.0, 255.0, 65535.0), "I": (255.0, 65535.0)}.get(image.mode, (65535.0,))
+    white = next((white for white in whites if most <= 1.1 * white), 0.0)  # 0 where none of them fits, or of NaN
+    if white == 0 or least < -0.1 * most:
+        known = " or ".join(f"0…{white:g}" for white in whites)
+        raise ValueError(f"The image holds values from {least:g} to {most:g}: bring them to {known}.")
     return Image.fromarray((values / white * 255).round().clip(0, 255).astype(np.uint8))
 
 

@@ -99,11 +99,16 @@ class VAEModel(AutoencoderModel):
         """Encode and decode whole batches again."""
         self.use_slicing = False
 
-    def enable_tiling(self, tile_size: int | None = None) -> None:
-        """Work on overlapping tiles of at most `tile_size` pixels (default: `config.image_size`) and blend them.
+    def enable_tiling(self, use_tiling: bool = True, *, tile_size: int | None = None) -> None:
+        """Work on overlapping tiles of at most `tile_size` pixels (default: `config.image_size`) and blend them; with
+        `use_tiling=False` on whole images again, as diffusers has it.
 
-        Raises ValueError for vector latents.
+        Raises ValueError for vector latents, and for a size in the place of `use_tiling`.
         """
+        if not isinstance(use_tiling, bool):
+            raise ValueError(f"use_tiling={use_tiling!r} must be True or False: write tile_size={use_tiling!r}.")
+        if not use_tiling:
+            return self.disable_tiling()
         if self.config.latent_dim is not None:
             raise ValueError("tiling needs spatial latents: train with latent_channels instead of latent_dim.")
         self.tile_size = max(tile_size or max(self.config.image_hw), 4 * self.config.downsampling)

@@ -30,6 +30,10 @@ MACHINE = {
 """Flags that are no part of a recipe: they differ from machine to machine."""
 
 
+PLACES = ("dataset_name", "pretrained_model", "pretrained_pipeline", "vae", "text_encoder", "model")
+"""Flags that take a folder or a Hub id."""
+
+
 def flag(
     default: Any, text: str, choices: tuple[Any, ...] = (), least: float | None = None, above: float | None = None,
     below: float | None = None,
@@ -98,6 +102,9 @@ class TrainingArguments:
     hub_private: bool = flag(False, "Make the repository private when it is created.")
 
     def __post_init__(self) -> None:
+        for name in PLACES:
+            if isinstance(place := getattr(self, name, None), str):
+                setattr(self, name, local_or_id(place))
         for spec in dataclasses.fields(self):
             value, accepted = getattr(self, spec.name), spec.metadata["accepted"]
             listed = ", ".join(str(choice) for choice in accepted if choice is not None)
@@ -111,6 +118,13 @@ class TrainingArguments:
                 what = " and ".join(f"{LIMITS[name][1]} {limit}" for name, limit in limits.items())
                 kind = "a number" if real else "a whole number"
                 require(good, f"{spec.name}={value!r} must be {kind} of {what}.")
+
+
+def local_or_id(name: str | Path) -> str:
+    """The name of a dataset or model; that of a relative folder with ./ before it, so that nobody, from whatever other
+    folder, takes it for a Hub id."""
+    text = str(name)
+    return f"./{text}" if Path(text).exists() and not text.startswith((".", "/", "~")) else text
 
 
 def parse_arguments(cls: type[Arguments], argv: list[str]) -> Arguments:
@@ -139,14 +153,16 @@ def parse_arguments(cls: type[Arguments], argv: list[str]) -> Arguments:
 
 def read_recipe(path: Path, known: set[str]) -> dict[str, Any]:
     """Keys and values of a recipe file. Raises ValueError."""
-    require(path.is_file(), f"The recipe {path} does not exist.")
+    require(path.exists(), f"The recipe {path} does not exist.")
+    require(path.is_file(), f"The recipe {path} is a folder: name the YAML file in it.")
     try:
         recipe = yaml.safe_load(path.read_text()) or {}
     except UnicodeDecodeError as error:
         raise UserError(f"The recipe {path} is no text file: a recipe is YAML.") from error
     except yaml.YAMLError as error:
         raise UserError(f"The recipe {path} is not valid YAML: {error}") from error
-    unknown = sorted(set(recipe) - known) if isinstance(recipe, dict) else ["no keys"]
+    require(isinstance(recipe, dict), f"The recipe {path} holds no keys: write lines such as learning_rate: 0.001.")
+    unknown = sorted(set(recipe) - known)
     require(not unknown, f"The recipe {path} holds keys that are no flags: {', '.join(unknown)}. See --help.")
     return recipe
 
