@@ -191,6 +191,8 @@ def load_images(args: ImageTrainingArguments, processor: Any, progress: bool) ->
     if args.streaming:
         images = ImageStream(rows, column, processor, skip, limit, args.shuffle_buffer_size, advice)
     else:
+        if progress:
+            note_lost_colors(rows, column, processor)
         kind = RandomCrops if args.random_crop else ImagesInMemory
         images = kind.load(rows, column, processor, skip, limit, progress, advice)
     if held_out is None:
@@ -200,6 +202,18 @@ def load_images(args: ImageTrainingArguments, processor: Any, progress: bool) ->
         return images, None
     pixels = ImagesInMemory.load(held_out, column, processor, skip, args.max_eval_samples, progress, advice).pixels
     return images, binarized_once(pixels) if args.binarize else pixels
+
+
+def note_lost_colors(rows: Any, column: str, processor: Any) -> None:
+    """Say so where the first image has colours and the model is gray."""
+    try:
+        first = rows[0][column]
+    except (OSError, ValueError, SyntaxError):  # unreadable, which is said when it is its turn
+        return
+    if processor.num_channels == 1 and getattr(first, "mode", "L") not in ("1", "L", "LA", "I", "F", "I;16"):
+        print(
+            "The images have colours and become gray: for a model of colours write num_channels=3 in config_overrides."
+        )
 
 
 @torch.no_grad()

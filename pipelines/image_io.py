@@ -75,7 +75,7 @@ def deep_to_8_bits(image: Image.Image) -> Image.Image:
     white = next((white for white in whites if most <= 1.1 * white), 0.0)  # 0 where none of them fits, or of NaN
     known = " or ".join(f"0…{white:g}" for white in whites)
     require(
-        white > 0 and least >= -0.1 * white,
+        white > 0 and least >= -0.1 * most,
         f"the image holds values from {least:g} to {most:g}: bring them to {known}.",
     )
     return Image.fromarray((values / white * 255).round().clip(0, 255).astype(np.uint8))

@@ -150,7 +150,7 @@ def test_push_leaves_code_of_another_version_alone_and_refresh_renews_it(folder)
         (lambda f: swap_weights(f / "vae", f / "text_encoder"), ["/text_encoder", "missing"]),
         (lambda f: (f / "scheduler" / "scheduler_config.json").unlink(), ["/scheduler does not load"]),
         (lambda f: (f / "unet" / "weights.bin").touch(), ["do not belong", "unet/weights.bin"]),
-        (lambda f: (f / "README.md").write_text("---\ntags: [\n---\ntext"), ["README.md", "tags"]),
+        (lambda f: (f / "README.md").write_text("---\ntags: [\n---\ntext"), ["README.md", "no valid YAML"]),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )

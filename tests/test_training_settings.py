@@ -295,3 +295,14 @@ def test_code_of_another_version_does_not_stay_in_the_folder(train_args, tmp_pat
     (run / "dataset.py").write_text("# mine\n")
     train(train_args(resume_from_checkpoint="latest", max_train_steps=5, lr_scheduler="constant"))
     assert not (run / "layers_of_old.py").exists() and (run / "dataset.py").exists()
+
+
+def test_colours_that_a_gray_model_loses_are_said(train_args, tmp_path, capsys):
+    import datasets
+    from PIL import Image
+
+    rows = datasets.Dataset.from_dict({"image": [Image.new("RGB", (28, 28), "red")] * 8})
+    (tmp_path / "colours").mkdir()
+    rows.to_parquet(tmp_path / "colours" / "train-00000-of-00001.parquet")
+    train(train_args(dataset_name=str(tmp_path / "colours"), max_train_steps=1, validation_epochs=0))
+    assert "The images have colours and become gray" in capsys.readouterr().out

@@ -125,7 +125,7 @@ def check_model_folder(folder: Path) -> list[str]:
 def is_space(folder: Path) -> bool:
     """Whether the card of a folder says that it is a Space."""
     card = folder / "README.md"
-    return card.is_file() and bool(front_matter(card.read_text()).get("sdk"))
+    return card.is_file() and bool(front_matter(read_card(card)).get("sdk"))
 
 
 def check_space(folder: Path) -> list[str]:
@@ -133,7 +133,7 @@ def check_space(folder: Path) -> list[str]:
     Python."""
     files = files_of(folder)
     check_card(folder / "README.md", SPACE_CARD)
-    check_there(folder, [front_matter((folder / "README.md").read_text())["app_file"], "requirements.txt"])
+    check_there(folder, [front_matter(read_card(folder / "README.md"))["app_file"], "requirements.txt"])
     check_stray(folder, files, SPACE_FILES, "a Space")
     for name in (f for f in files if f.endswith(".py")):
         try:
@@ -165,7 +165,7 @@ def check_stray(folder: Path, files: Sequence[str], allowed: str, what: str) -> 
 
 def check_card(path: Path, needed: Sequence[str]) -> None:
     """Raise ValueError unless the card has front matter with the `needed` fields, and text."""
-    text = path.read_text()
+    text = read_card(path)
     lacking = [k for k in needed if not front_matter(text).get(k)]
     complete = not lacking and body_of(text)
     require(complete, f"The card {path} is not complete: {', '.join(lacking) or 'text'} is missing from it.")
@@ -214,7 +214,7 @@ def push_folder(folder: str | Path, repo: str, private: bool = False, dry_run: b
     """
     check_repo_id(repo)
     files = check_folder(folder, dry_run)
-    api, header = HfApi(), front_matter((Path(folder) / "README.md").read_text())
+    api, header = HfApi(), front_matter(read_card(Path(folder) / "README.md"))
     kind, prefix = ("space", "spaces/") if header.get("sdk") else ("model", "")
     if dry_run:
         return f"{api.endpoint}/{prefix}{repo}"
