@@ -64,12 +64,12 @@ PIPELINE_REGISTRY.supported_tasks["image-feature-extraction"]["impl"] = (
 )
 
 _ROOMS = (
-    "codec", "data", "diffusion", "disentanglement", "evaluation", "export", "hub", "latents", "loading", "metrics",
-    "pipelines", "plots", "sampling", "training",
+    "anomaly", "codec", "data", "diffusion", "disentanglement", "evaluation", "export", "hub", "latents", "loading",
+    "metrics", "pipelines", "plots", "sampling", "training",
 )  # fmt: skip
 
 
-_PARTS = {"encode_dataset": "latents.encoding"}
+_PARTS = {"AnomalyDetector": "anomaly", "encode_dataset": "latents.encoding"}
 """What is imported when it is first used -> its module."""
 
 

@@ -13,9 +13,9 @@ from hf_ae.hub.cards import write_card
 ASK = """
 import json, sys
 from hf_ae.errors import UserError
-from hf_ae.latents.sampling import sampler_file
+from hf_ae.latents.sampling import FILE, file_beside
 try:
-    print(json.dumps(sampler_file("me/model")))
+    print(json.dumps(file_beside("me/model", FILE)))
 except UserError as error:
     print(json.dumps(str(error)))
 """

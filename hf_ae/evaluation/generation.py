@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..data import class_columns, read_texts
 from ..errors import require
-from ..latents.sampling import KINDS, Sampler, encode_all, fit, sample, sampler_file
+from ..latents.sampling import FILE, KINDS, Sampler, encode_all, file_beside, fit, sample
 from .feature_network import FeatureNetwork, features_of
 from .fidelity import accuracy, distances, train_classifier
 from .record import own_random_numbers
@@ -79,7 +79,7 @@ def find_sampler(
     """What `--sampler` says: a kind, fitted now to the latents of `train_pixels()`, or `saved`. None for N(0, I) or an
     own prior. Default: the sampler beside the model, where there is one. Raises ValueError."""
     check_sampler(wanted)
-    if wanted == "saved" or (wanted is None and sampler_file(folder) is not None):
+    if wanted == "saved" or (wanted is None and file_beside(folder, FILE) is not None):
         return Sampler.load(folder)
     return None if wanted in (None, "prior") else fit(encode_all(model, train_pixels()), wanted, labels)
 

@@ -66,6 +66,15 @@ class Sampler:
             latents[rows] = self.means[part] + noise[rows] @ self.factors[part].T
         return latents.view(n, *self.latent_shape)
 
+    def log_prob(self, latents: Tensor) -> Tensor:
+        """Log density in nats of latents (n, *latent_shape): (n,)."""
+        flat, parts = latents.flatten(1), []
+        for weight, mean, factor in zip(self.weights, self.means, self.factors):
+            white = torch.linalg.solve_triangular(factor, (flat - mean).T, upper=False)
+            volume = factor.diagonal().log().sum() + 0.5 * flat.shape[1] * math.log(2 * math.pi)
+            parts.append(weight.log() - 0.5 * white.square().sum(0) - volume)
+        return torch.stack(parts).logsumexp(0)
+
     def _known_classes(self, labels: Tensor) -> Tensor:
         if self.classes is None:
             raise UserError("This sampler knows no classes: fit it with --label_column, or leave the labels out.")
@@ -88,7 +97,7 @@ class Sampler:
         """The sampler beside a model: a folder or a Hub id. Raises ValueError where there is none, or a damaged
         one."""
         advice = "make one with hf-ae fit-sampler"
-        path = sampler_file(name)
+        path = file_beside(name, FILE)
         if path is None:
             raise UserError(f"{name} has no sampler ({FILE}): {advice}.")
         try:
@@ -101,9 +110,9 @@ class Sampler:
             raise UserError(f"The sampler of {name} cannot be read ({first_line(error)}): {advice}.") from error
 
 
-def sampler_file(name: str | Path) -> Path | None:
-    """The file of the sampler beside a model, a folder or a Hub id; None where there is none. Raises ValueError where
-    the Hub does not answer."""
+def file_beside(name: str | Path, file: str) -> Path | None:
+    """A file beside a model, of a folder or a Hub id; None where there is none. Raises ValueError where the Hub does
+    not answer."""
     from huggingface_hub import constants, hf_hub_download
     from huggingface_hub.errors import (
         EntryNotFoundError,
@@ -113,23 +122,27 @@ def sampler_file(name: str | Path) -> Path | None:
         RepositoryNotFoundError,
     )
 
-    path = Path(name) / FILE
     if Path(name).is_dir():
+        path = Path(name) / file
         return path if path.is_file() else None
     try:
-        return Path(hf_hub_download(str(name), FILE))
+        return Path(hf_hub_download(str(name), file))
     except LocalEntryNotFoundError as error:
         if constants.HF_HUB_OFFLINE:
             return None
-        raise UserError(f"The Hub cannot be asked for the sampler of {name}: {first_line(error)}") from error
+        raise UserError(f"The Hub cannot be asked for the {file} of {name}: {first_line(error)}") from error
     except (EntryNotFoundError, HFValidationError, RepositoryNotFoundError):
         return None
     except HfHubHTTPError as error:
-        raise UserError(f"The Hub cannot be asked for the sampler of {name}: {first_line(error)}") from error
+        raise UserError(f"The Hub cannot be asked for the {file} of {name}: {first_line(error)}") from error
 
 
 class StandardNormal(Sampler):
     """N(0, I), without a matrix."""
+
+    def log_prob(self, latents: Tensor) -> Tensor:
+        flat = latents.flatten(1)
+        return -0.5 * (flat.square().sum(1) + flat.shape[1] * math.log(2 * math.pi))
 
     def sample(self, n: int, labels: Tensor | None = None, generator: torch.Generator | None = None) -> Tensor:
         if labels is not None:
