@@ -111,6 +111,13 @@ class AnomalyDetector:
         parts = [(x - self._reconstruct(x)).square().mean(1) / (high - low) ** 2 for x in self._batches(pixels)]
         return torch.cat(parts).cpu().numpy()
 
+    @torch.inference_mode()
+    def reconstruct(self, images: Any, image_column: str | None = None) -> Tensor:
+        """Images -> what the model makes of them (images, channels, height, width), in 0…1."""
+        low, high = self.model.config.pixel_range
+        parts = [self._reconstruct(x) for x in self._batches(self._pixels(images, image_column))]
+        return ((torch.cat(parts).cpu() - low) / (high - low)).clamp(0, 1)
+
     # Files
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -151,7 +158,10 @@ class AnomalyDetector:
         require(self.tensors, "The detector is not fitted yet: call fit with normal images first.")
 
     def _pixels(self, images: Any, column: str | None) -> Tensor:
-        """A dataset -> uint8 images, anything else -> pixel values."""
+        """A dataset -> uint8 images, anything else -> pixel values. uint8 images of the model's size stay."""
+        wanted = (self.processor.num_channels, *self.processor.target_size())
+        if isinstance(images, Tensor) and images.dtype == torch.uint8 and images.shape[1:] == wanted:
+            return images
         if hasattr(images, "column_names"):
             return ImagesInMemory.load(images, find_image_column(images, column), self.processor).pixels
         with user_input():

@@ -48,7 +48,10 @@ from hf_ae.training.run import Run
 from hf_ae.training.start import training
 from hf_ae.training.tracking import log_evaluation, log_step, show_samples
 
-MEASURED = ("metrics.json", "reconstructions.png", "latent_plane.png", "samples.png", "sampler.safetensors")
+MEASURED = (
+    "metrics.json", "reconstructions.png", "latent_plane.png", "samples.png", "sampler.safetensors",
+    "anomaly_detector.safetensors",
+)  # fmt: skip
 """Files that tell of earlier weights."""
 
 

@@ -16,6 +16,7 @@ from .options import (
     SkipBroken,
     app,
     check,
+    check_folder_of,
     option,
 )
 
@@ -60,6 +61,45 @@ def encode(
         print("The other tasks have yet to write theirs.")
     elif push_to_hub is not None:
         print(f"Uploaded: {push_dataset(output, push_to_hub)}")
+
+
+@app.command()
+def anomaly(
+    model: ModelArgument,
+    dataset_name: Dataset,
+    output: Annotated[Path, option("Table to write: .parquet, .csv or .json.", "-o", "--output")] = Path(
+        "scores.parquet"
+    ),
+    dataset_config_name: DatasetConfig = None,
+    image_column: ImageColumn = None,
+    split: Annotated[str | None, option("Split to look for outliers in; default: test or validation.")] = None,
+    train_split: Annotated[str, option("Split of normal images, to fit to.", "--train_split")] = "train",
+    score: Annotated[
+        str | None,
+        option("reconstruction, bound, gaussian, mixture, neighbors, joined by +; default: mixture+neighbors."),
+    ] = None,
+    contamination: Annotated[float | None, option("Fraction of the normal images to flag; default: 0.05.")] = None,
+    refit: Annotated[bool, option("Fit anew, also where the model has a detector.", "--refit")] = False,
+    max_images: MaxImages = None,
+    device: Device = None,
+) -> None:
+    """Find the images of a dataset that are least like the normal ones: a table of scores, and a figure of the most
+    unusual. A detector that is fitted for it is saved beside the model, where this is a folder."""
+    check_folder_of(output)
+    check(output.suffix in (".parquet", ".csv", ".json"), f"{output} must end in .parquet, .csv or .json.")
+    from hf_ae.data import evaluation_split, open_dataset, pick_split
+    from hf_ae.evaluation.anomaly import detector_of, score_table
+
+    splits = open_dataset(dataset_name, dataset_config_name)
+    rows = pick_split(splits, evaluation_split(splits, split))
+    rows = rows if max_images is None else rows.select(range(min(max_images, len(rows))))
+    options = {"score": score, "contamination": contamination}
+    chosen = {name: value for name, value in options.items() if value is not None}
+    detector = detector_of(model, lambda: pick_split(splits, train_split), image_column, refit, chosen, device)
+    table = score_table(detector, rows, image_column, output.with_suffix(".png"))
+    {".parquet": table.to_parquet, ".csv": table.to_csv, ".json": table.to_json}[output.suffix](output)
+    outliers = sum(table["outlier"])
+    print(f"Written: {output}, {outliers:,} of {len(rows):,} images are outliers; {output.with_suffix('.png')}")
 
 
 @app.command()

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..anomaly import FILE, AnomalyDetector
+from ..data import ImagesInMemory, without_bars
+from ..data import image_column as find_image_column
 from ..errors import require
+from ..latents.sampling import file_beside
+from ..loading import load_model, pick_device
+from ..plots import labelled_rows
 
 Array = NDArray[Any]
 
@@ -72,3 +80,49 @@ def rivals(train: Tensor, test: Tensor, seed: int = 0) -> Iterator[tuple[str, Ar
     }  # fmt: skip
     for name, method in methods.items():
         yield name, method()
+
+
+def detector_of(
+    name: str, normal: Callable[[], Any], image_column: str | None, refit: bool, options: dict[str, Any],
+    device: str | None = None,
+) -> AnomalyDetector:  # fmt: skip
+    """The detector beside a model, or one that is fitted to `normal()`, rows of a dataset, and saved there, where the
+    model is in a folder. Raises ValueError."""
+    if file_beside(name, FILE) is not None and not refit:
+        require(not options, f"{name} has a detector: write --refit to fit one with other options.")
+        detector = AnomalyDetector.from_pretrained(name)
+        detector.model.to(pick_device(device))
+        return detector
+    detector = AnomalyDetector(load_model(name, pick_device(device))[0], **options)
+    detector.fit(normal(), image_column=image_column)
+    if Path(name).is_dir():
+        print(f"Fitted and saved: {detector.save_detector(name)}")
+    return detector
+
+
+def score_table(detector: AnomalyDetector, rows: Any, image_column: str | None, figure: Path) -> Any:
+    """A `datasets.Dataset` with `row`, `score` (higher is more normal), `outlier` and the columns of `rows` that hold
+    numbers, classes and names; and a figure of the most unusual images."""
+    import datasets
+
+    column = find_image_column(rows, image_column)
+    pixels = ImagesInMemory.load(rows, column, detector.processor, progress=True).pixels
+    scores = detector.score_samples(pixels)
+    plain = [name for name, kind in rows.features.items() if isinstance(kind, datasets.Value | datasets.ClassLabel)]
+    table = {"row": np.arange(len(scores)), "score": scores, "outlier": scores < detector.offset_}
+    kept = [name for name in plain if name not in table]
+    order = torch.from_numpy(scores).argsort()[:12]
+    draw_unusual(detector, pixels[order], figure)
+    with without_bars():
+        found = datasets.Dataset.from_dict(table)
+        others = rows.select_columns(kept).flatten_indices()
+        return datasets.concatenate_datasets([found, others], axis=1) if kept else found
+
+
+def draw_unusual(detector: AnomalyDetector, pixels: Tensor, path: Path) -> None:
+    """uint8 images beside what the model makes of them, and where it errs: brighter is farther off."""
+    images = pixels.float() / 255
+    rebuilt = detector.reconstruct(pixels)
+    maps = torch.from_numpy(detector.anomaly_map(pixels)).sqrt()[:, None]
+    rows = {"most unusual": images, "reconstruction": rebuilt, "difference": maps / maps.max().clamp(min=1e-6)}
+    labelled_rows(rows, path)

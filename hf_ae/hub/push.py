@@ -30,7 +30,7 @@ ALLOWED = (
     r"README\.md|recipe[\w-]*\.yaml|(model_index|config|preprocessor_config|metrics)\.json|\.gitattributes"
     r"|[a-z_]+\.py|[\w-]+\.(png|jpg)|\.eval_results/[\w.-]+\.yaml"
 )
-WEIGHTS = r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?|sampler\.safetensors"
+WEIGHTS = r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?|(sampler|anomaly_detector)\.safetensors"
 """At the top of a model folder."""
 COMPONENT_FILES = r"[\w.-]+\.(safetensors|json|txt|model|jinja|py)"
 """In the folder of a pipeline's component."""
