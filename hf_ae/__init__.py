@@ -65,7 +65,7 @@ PIPELINE_REGISTRY.supported_tasks["image-feature-extraction"]["impl"] = (
 
 _ROOMS = (
     "anomaly", "codec", "data", "diffusion", "disentanglement", "evaluation", "export", "hub", "latents", "loading",
-    "metrics", "pipelines", "plots", "sampling", "training",
+    "metrics", "pipelines", "plots", "sampling", "sklearn", "training",
 )  # fmt: skip
 
 

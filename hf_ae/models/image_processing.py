@@ -22,11 +22,18 @@ MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 """Pillow's mode for a number of channels."""
 
 
+MOST_DEVIATIONS = 10.0
+"""Values of a table that lie farther from their column's mean, in standard deviations, are limited to it."""
+
+
 class AutoencoderImageProcessorKwargs(ImagesKwargs, total=False):
     """What the processor is made with, beside transformers' own fields."""
 
     num_channels: int
     pixel_range: list[float]
+    feature_columns: list[str] | None
+    feature_means: list[float] | None
+    feature_stds: list[float] | None
 
 
 class AutoencoderImageProcessor(PilBackend):
@@ -36,6 +43,10 @@ class AutoencoderImageProcessor(PilBackend):
     is laid on white unless `num_channels=4`; EXIF rotation is applied), and arrays or tensors, channels first or last:
     uint8 in 0…255, uint16, or floats in 0…1. An image of another size is scaled to cover `size`, then cropped to its
     centre. `config` is the model's, from which size, channels and range come.
+
+    With `feature_columns` it takes rows of a table instead (an array (rows, columns), a data frame, a mapping of
+    columns or a list of mappings): each column less its `feature_means`, over its `feature_stds`, is one pixel of an
+    image of height 1.
     """
 
     valid_kwargs = AutoencoderImageProcessorKwargs
@@ -44,6 +55,9 @@ class AutoencoderImageProcessor(PilBackend):
     num_channels = 1
     pixel_range = [0.0, 1.0]
     do_resize = True
+    feature_columns: list[str] | None = None
+    feature_means: list[float] | None = None
+    feature_stds: list[float] | None = None
     _auto_class = "AutoImageProcessor"
 
     @classmethod
@@ -65,6 +79,8 @@ class AutoencoderImageProcessor(PilBackend):
         if kwargs:
             known = "images, return_tensors, size and do_resize"
             raise ValueError(f"The image processor takes no {', '.join(kwargs)}: it takes {known}.")
+        if self.feature_columns is not None:
+            return BatchFeature({"pixel_values": self.standardized(images)}, tensor_type=return_tensors)
         images = images if isinstance(images, list | tuple) else [images]
         if len(images) == 1 and isinstance(images[0], np.ndarray | Tensor) and images[0].ndim == 4:
             images = list(images[0])
@@ -78,6 +94,35 @@ class AutoencoderImageProcessor(PilBackend):
         low, high = self.pixel_range
         values = torch.stack([p.float() / 255 if p.dtype == torch.uint8 else p for p in pixels]) * (high - low) + low
         return BatchFeature({"pixel_values": values}, tensor_type=return_tensors)
+
+    def standardized(self, rows: Any) -> Tensor:
+        """Rows of a table -> (rows, 1, 1, columns). Raises ValueError for missing columns and values that are not
+        finite."""
+        columns = self.feature_columns or []
+        if isinstance(rows, list) and rows and isinstance(rows[0], dict):
+            rows = {name: [row[name] for row in rows] for name in columns if name in rows[0]}
+        if isinstance(rows, dict) or hasattr(rows, "columns"):
+            missing = ", ".join(name for name in columns if name not in rows)
+            if missing:
+                raise ValueError(f"The table lacks the columns {missing}.")
+            rows = np.stack([np.asarray(rows[name], dtype=np.float64) for name in columns], 1)
+        table = torch.from_numpy(np.array(rows, dtype=np.float64))
+        if table.ndim != 2 or table.shape[1] != len(columns):
+            raise ValueError(f"A table of shape {tuple(table.shape)} has not the columns {', '.join(columns)}.")
+        broken = (~table.isfinite()).any(0).tolist()
+        if any(broken):
+            names = ", ".join(name for name, bad in zip(columns, broken) if bad)
+            raise ValueError(
+                f"The table holds NaN or infinite values ({names}): fill them in, or leave such rows out."
+            )
+        means, deviations = (torch.tensor(v, dtype=torch.float64) for v in (self.feature_means, self.feature_stds))
+        values = ((table - means) / deviations).clamp(-MOST_DEVIATIONS, MOST_DEVIATIONS)
+        return values.float()[:, None, None]
+
+    def in_units(self, pixel_values: Tensor) -> NDArray[Any]:
+        """(rows, 1, 1, columns) -> rows of the table (rows, columns), in its own units."""
+        means, deviations = (torch.tensor(v, dtype=torch.float64) for v in (self.feature_means, self.feature_stds))
+        return (pixel_values.detach().double().cpu().flatten(1) * deviations + means).numpy()
 
     def target_size(self, size: int | dict[str, int] | None = None) -> tuple[int, int]:
         """(height, width) that images are brought to. Raises ValueError for a size that has not both."""
@@ -102,7 +147,10 @@ class AutoencoderImageProcessor(PilBackend):
     def postprocess(self, pixel_values: Tensor, output_type: str = "pil") -> Any:
         """pixel_values in `pixel_range` -> list of PIL images (`pil`), array (batch, height, width, channels) in 0…1
         (`np`), or tensor (batch, channels, height, width) in 0…1 (`pt`). Values out of range are limited. Raises
-        ValueError for another output_type, and for PIL images of other than 1, 3 or 4 channels."""
+        ValueError for another output_type, and for PIL images of other than 1, 3 or 4 channels. Of a table always rows
+        in its own units, an array (rows, columns)."""
+        if self.feature_columns is not None:
+            return self.in_units(pixel_values)
         low, high = self.pixel_range
         values = ((pixel_values.detach().float().cpu() - low) / (high - low)).clamp(0, 1)
         if output_type == "pt":
