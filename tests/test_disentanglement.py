@@ -2,9 +2,11 @@
 
 import math
 
+import datasets
 import numpy as np
 import pytest
 import torch
+from command_line import fails, runs
 from scipy import stats
 from sklearn.ensemble import GradientBoostingClassifier
 from sklearn.linear_model import LogisticRegression
@@ -234,3 +236,12 @@ def test_each_term_of_a_factor_vae_trains_its_own_part():
 def test_a_factor_vae_needs_vector_latents():
     with pytest.raises(ValueError, match="objective='factor' needs vector latents"):
         hf_ae.BetaVAEConfig(objective="factor", network="conv", hidden_sizes=[4], latent_channels=2)
+
+
+def test_the_command_line_generates_what_load_dataset_reads(tmp_path, monkeypatch, capsys):
+    small = sprites(scales=1, orientations=2, positions=2)
+    monkeypatch.setattr("hf_ae.data.sprites.sprites", lambda colored: small)
+    runs("sprites", "-o", tmp_path / "sprites")
+    read = datasets.load_dataset(str(tmp_path / "sprites"), split="train", cache_dir=tmp_path / "cache")
+    assert read.features == small.features and read["x"] == small["x"]
+    fails(capsys, ["sprites", "-o", tmp_path / "sprites"], "is there already")
