@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .data import ImagesInMemory, batch_for, to_pixel_values
+from .data import ImagesInMemory, batch_for, rows_to_values, to_pixel_values
 from .data import image_column as find_image_column
 from .errors import UserError, first_line, require, user_input
 from .latents.sampling import Sampler, file_beside
@@ -45,14 +45,19 @@ class AnomalyDetector:
     gaussian, mixture: -log density of the latents under one Gaussian, or `components` of them. neighbors: mean
     distance to the `num_neighbors` nearest latents, in units in which the latents have covariance 1.
 
+    `processor`: the image processor of a model that is given as an object, where it is not that of its configuration,
+    such as one with the standardisation of a table.
+
     `contamination`: the fraction of the images fitted to that counts as outliers; it sets the threshold.
     """
 
     def __init__(
         self, model: Any, score: str = "+".join(COMBINED), contamination: float = 0.05, components: int = 10,
-        num_neighbors: int = 5, seed: int = 0,
+        num_neighbors: int = 5, seed: int = 0, processor: Any = None,
     ) -> None:  # fmt: skip
-        self.model = load_model(model)[0] if isinstance(model, str | Path) else model
+        if isinstance(model, str | Path):
+            model, processor = load_model(model)
+        self.model, self.processor = model, processor or image_processor_for(model)
         self.score, self.contamination, self.seed = score, contamination, seed
         self.components, self.num_neighbors = components, num_neighbors
         self.parts = [part.strip() for part in score.split("+")]
@@ -62,7 +67,6 @@ class AnomalyDetector:
         require(vae, "score='bound' needs a variational autoencoder.")
         require(0 < contamination < 1, f"contamination={contamination} must lie between 0 and 1.")
         require(min(components, num_neighbors) >= 1, "components and num_neighbors must be at least 1.")
-        self.processor = image_processor_for(self.model)
         self.tensors: dict[str, Tensor] = {}
 
     # scikit-learn's names
@@ -162,6 +166,8 @@ class AnomalyDetector:
         wanted = (self.processor.num_channels, *self.processor.target_size())
         if isinstance(images, Tensor) and images.dtype == torch.uint8 and images.shape[1:] == wanted:
             return images
+        if hasattr(images, "column_names") and self.processor.feature_columns is not None:
+            return rows_to_values(images, self.processor)
         if hasattr(images, "column_names"):
             return ImagesInMemory.load(images, find_image_column(images, column), self.processor).pixels
         with user_input():
@@ -170,8 +176,7 @@ class AnomalyDetector:
     def _batches(self, pixels: Tensor) -> Iterator[Tensor]:
         """Pixel values, batch by batch, on the model's device."""
         for part in pixels.split(batch_for(self.model.config.num_pixels)):
-            values = to_pixel_values(part, "cpu", self.model.config.pixel_range) if part.dtype == torch.uint8 else part
-            yield values.to(self.model.device)
+            yield to_pixel_values(part, self.model.device, self.model.config.pixel_range)
 
     def _reconstruct(self, values: Tensor) -> Tensor:
         how = {"corrupt": False} if self.model.can_denoise else {}

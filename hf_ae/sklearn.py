@@ -15,7 +15,7 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor
 from transformers import AutoConfig, AutoModel
 
-from .data import batch_for
+from .data import batch_for, table_processor
 from .errors import require, user_input
 from .loading import pick_device
 from .models.image_processing import AutoencoderImageProcessor
@@ -172,15 +172,11 @@ def processor_for(X: Any, names: Any) -> AutoencoderImageProcessor:
     """The image processor for a table, or for pictures as large as the first one."""
     if not is_pictures(X):
         columns = [f"x{i}" for i in range(X.shape[1])] if names is None else [str(name) for name in names]
-        deviations = X.std(0, dtype=np.float64)
-        fields: dict[str, Any] = dict(num_channels=1, pixel_range=[-1.0, 1.0], feature_columns=columns)
-        fields |= dict(feature_means=X.mean(0, dtype=np.float64).tolist())
-        fields |= dict(feature_stds=np.where(deviations > 0, deviations, 1.0).tolist())
-        return AutoencoderImageProcessor(size={"height": 1, "width": len(columns)}, **fields)
+        return table_processor(X, columns)
     first = X[0]
     if hasattr(first, "convert"):
         channels, (width, height) = len(first.getbands()), first.size
     else:
         height, width, channels = (*first.shape, 1)[:3]
-    fields = dict(num_channels=channels)
+    fields: dict[str, Any] = dict(num_channels=channels)
     return AutoencoderImageProcessor(size={"height": height, "width": width}, **fields)

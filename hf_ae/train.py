@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
@@ -29,6 +30,9 @@ from hf_ae.data import (
     image_column,
     open_dataset,
     pick_split,
+    read_table,
+    rows_to_values,
+    table_processor,
     to_pixel_values,
 )
 from hf_ae.errors import UserError, one_line_errors, require, user_input
@@ -53,6 +57,11 @@ MEASURED = (
     "anomaly_detector.safetensors",
 )  # fmt: skip
 """Files that tell of earlier weights."""
+OF_IMAGES = (
+    "image_column", "streaming", "skip_broken_images", "random_crop", "random_flip", "random_symmetry",
+    "random_colors", "random_shift", "binarize",
+)  # fmt: skip
+"""Flags that a table does not take."""
 
 
 @dataclass
@@ -65,6 +74,7 @@ class ImageTrainingArguments(TrainingArguments):
     )
     config_overrides: str | None = flag(None, 'Fields of the configuration: "latent_dim=16,hidden_sizes=[512]".')
     image_column: str | None = flag(None, "Column of the images; default: the only one that holds images.")
+    feature_columns: str | None = flag(None, "Columns of numbers, a,b,c: a table of these instead of images.")
     streaming: bool = flag(False, "Read images as they are needed instead of decoding all into memory.")
     shuffle_buffer_size: int = flag(1000, "Encoded images to draw from when streaming.", least=1)
     skip_broken_images: bool = flag(False, "Leave out images that cannot be read, instead of stopping.")
@@ -78,6 +88,8 @@ class ImageTrainingArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        wrong = [name for name in OF_IMAGES if self.feature_columns and getattr(self, name)]
+        require(not wrong, f"feature_columns are a table, and {', '.join(wrong)} is for images: leave one out.")
         good = not self.streaming or self.max_train_steps is not None
         require(good, "A stream has no known length: write --max_train_steps.")
         require(
@@ -105,8 +117,12 @@ def train(args: ImageTrainingArguments) -> None:
 def train_model(args: ImageTrainingArguments, accelerator: Accelerator, resume_from: Path | None) -> None:
     """The same where the output folder is this training's own."""
     model = make_model(args)
-    processor = hf_ae.AutoencoderImageProcessor.from_config(model.config)
-    images, held_out = load_images(args, processor, progress=accelerator.is_main_process)
+    images: Any
+    if args.feature_columns:
+        processor, images, held_out = load_table(args)
+    else:
+        processor = hf_ae.AutoencoderImageProcessor.from_config(model.config)
+        images, held_out = load_images(args, processor, progress=accelerator.is_main_process)
     if accelerator.is_main_process:
         begin_run(Path(args.output_dir), replace=args.overwrite_output_dir and resume_from is None)
     if model.needs_dataset_size and not args.streaming:
@@ -165,6 +181,8 @@ def make_model(args: ImageTrainingArguments) -> Any:
         known = {f.name: getattr(source.config, f.name) for f in dataclasses.fields(source.config) if f.init}
     set_seed(args.seed)
     cls: Any = hf_ae.MODELS[args.model_type] if source is None else type(source)
+    if args.feature_columns and source is None:
+        known = dict(image_size=[1, len(columns_of(args))], num_channels=1, network="mlp", pixel_range=[-1.0, 1.0])
     with user_input():
         config = cls.config_class(**{**known, **parse_overrides(args.config_overrides)})
     square = config.image_hw[0] == config.image_hw[1]
@@ -207,6 +225,25 @@ def load_images(args: ImageTrainingArguments, processor: Any, progress: bool) ->
     return images, binarized_once(pixels) if args.binarize else pixels
 
 
+def columns_of(args: ImageTrainingArguments) -> list[str]:
+    """The names in `args.feature_columns`."""
+    return [name.strip() for name in (args.feature_columns or "").split(",") if name.strip()]
+
+
+def load_table(args: ImageTrainingArguments) -> tuple[Any, ImagesInMemory, Tensor | None]:
+    """(processor with the standardisation of the training rows, these rows, evaluation rows or None)."""
+    splits, columns = open_dataset(str(args.dataset_name), args.dataset_config_name), columns_of(args)
+    rows = pick_split(splits, args.train_split)
+    rows = rows.select(range(min(len(rows), args.max_train_samples or len(rows))))
+    table = read_table(rows, columns)
+    broken = ", ".join(name for name, column in zip(columns, table.T) if not np.isfinite(column).all())
+    require(not broken, f"The columns {broken} hold NaN or infinite values: fill them in, or leave such rows out.")
+    processor = table_processor(table, columns)
+    name = (args.eval_split or held_out_name(splits)) if args.validation_epochs else None
+    held_out = None if name is None else rows_to_values(pick_split(splits, name), processor)
+    return processor, ImagesInMemory(processor.standardized(table)), held_out
+
+
 def note_lost_colors(rows: Any, column: str, processor: Any) -> None:
     """Say so where the first image has colours and the model is gray."""
     try:
@@ -235,12 +272,14 @@ def validate(run: Run, pixels: Tensor) -> None:
             latents = output.latents if latents is None else latents
             for name, term in {**output.losses, **(output.measures or {})}.items():
                 totals[name] = totals.get(name, 0.0) + float(term) * len(batch) / len(pixels)
-        samples = draw_samples(model, to_pixel_values(pixels[:12], accelerator.device, model.config.pixel_range))
+        shown = to_pixel_values(pixels[:12], accelerator.device, model.config.pixel_range)
+        samples = None if pixels.is_floating_point() else draw_samples(model, shown)  # a table is no picture
     model.train()
     log_evaluation(run, totals)
     for warning in generative_collapse(model, totals, latents):
         run.print(f"warning: {warning}")
-    show_samples(run, partial(labelled_rows, samples))
+    if samples is not None:
+        show_samples(run, partial(labelled_rows, samples))
 
 
 @contextlib.contextmanager

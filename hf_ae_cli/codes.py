@@ -46,14 +46,14 @@ def encode(
     from hf_ae.loading import load_model, pick_device
 
     check(not output.is_file(), f"{output} is a file: write -o with a folder.")
-    loaded, _ = load_model(model, pick_device(device))
+    loaded, processor = load_model(model, pick_device(device))
     splits = open_dataset(dataset_name, dataset_config_name)
     for name in [split] if split else list(splits):
         rows = pick_split(splits, name)
         rows = rows if max_images is None else rows.select(range(min(max_images, len(rows))))
         how: dict[str, Any] = dict(image_column=image_column, output_dir=output, split=name, progress=True)
         columns = [column.strip() for column in (keep_columns or "").split(",") if column.strip()]
-        how |= dict(task=task, num_tasks=num_tasks, skip_broken_images=skip_broken_images)
+        how |= dict(task=task, num_tasks=num_tasks, skip_broken_images=skip_broken_images, processor=processor)
         codes = encode_dataset(loaded, rows, columns, **how)
         print(f"Written to {output}: {len(codes):,} of {len(rows):,} rows of the split {name!r}")
     write_card(output, model, dataset_name)
@@ -99,7 +99,8 @@ def anomaly(
     table = score_table(detector, rows, image_column, output.with_suffix(".png"))
     {".parquet": table.to_parquet, ".csv": table.to_csv, ".json": table.to_json}[output.suffix](output)
     outliers = sum(table["outlier"])
-    print(f"Written: {output}, {outliers:,} of {len(rows):,} images are outliers; {output.with_suffix('.png')}")
+    figure = f"; {output.with_suffix('.png')}" if detector.processor.feature_columns is None else ""
+    print(f"Written: {output}, {outliers:,} of {len(rows):,} rows are outliers{figure}")
 
 
 @app.command()

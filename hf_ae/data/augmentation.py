@@ -17,8 +17,11 @@ def to_pixel_values(
 
     flip: mirror half of the images. symmetry: one of the eight symmetries of the square for each image. colors:
     shuffle the channels of two images in three. shift: move each by up to `shift` pixels, repeating its border.
-    binarize: draw each pixel from a Bernoulli with its gray value as probability.
+    binarize: draw each pixel from a Bernoulli with its gray value as probability. Pixel values, which the rows of a
+    table are, stay as they are.
     """
+    if pixels.is_floating_point():
+        return pixels.to(device, non_blocking=True)
     x = pixels.to(device, non_blocking=True).float().div_(255)
     if symmetry:
         x = torch.where(torch.rand(len(x), 1, 1, 1, device=device) < 0.5, x.transpose(2, 3), x)

@@ -93,7 +93,8 @@ def detector_of(
         detector = AnomalyDetector.from_pretrained(name)
         detector.model.to(pick_device(device))
         return detector
-    detector = AnomalyDetector(load_model(name, pick_device(device))[0], **options)
+    model, processor = load_model(name, pick_device(device))
+    detector = AnomalyDetector(model, processor=processor, **options)
     detector.fit(normal(), image_column=image_column)
     if Path(name).is_dir():
         print(f"Fitted and saved: {detector.save_detector(name)}")
@@ -102,17 +103,19 @@ def detector_of(
 
 def score_table(detector: AnomalyDetector, rows: Any, image_column: str | None, figure: Path) -> Any:
     """A `datasets.Dataset` with `row`, `score` (higher is more normal), `outlier` and the columns of `rows` that hold
-    numbers, classes and names; and a figure of the most unusual images."""
+    numbers, classes and names; and a figure of the most unusual images, which a table has not."""
     import datasets
 
-    column = find_image_column(rows, image_column)
-    pixels = ImagesInMemory.load(rows, column, detector.processor, progress=True).pixels
-    scores = detector.score_samples(pixels)
+    if detector.processor.feature_columns is not None:
+        scores = detector.score_samples(rows)
+    else:
+        column = find_image_column(rows, image_column)
+        pixels = ImagesInMemory.load(rows, column, detector.processor, progress=True).pixels
+        scores = detector.score_samples(pixels)
+        draw_unusual(detector, pixels[torch.from_numpy(scores).argsort()[:12]], figure)
     plain = [name for name, kind in rows.features.items() if isinstance(kind, datasets.Value | datasets.ClassLabel)]
     table = {"row": np.arange(len(scores)), "score": scores, "outlier": scores < detector.offset_}
     kept = [name for name in plain if name not in table]
-    order = torch.from_numpy(scores).argsort()[:12]
-    draw_unusual(detector, pixels[order], figure)
     with without_bars():
         found = datasets.Dataset.from_dict(table)
         others = rows.select_columns(kept).flatten_indices()

@@ -103,7 +103,9 @@ def model_card(
     front: dict[str, Any] = dict(license="apache-2.0", library_name="transformers", tags=tags)
     front["pipeline_tag"] = "image-to-image" if kind == "hf_ae_denoising" else "image-feature-extraction"
     front |= dict(model_name=name, eval_results=model_index(metrics)) if metrics else {}
-    sections = [summary(config, dataset), *figures(folder, FIGURES), MODEL_USE.format(name=name)]
+    columns = read_json(folder / "preprocessor_config.json").get("feature_columns")
+    use = TABLE_USE.format(name=name, columns=", ".join(f"`{c}`" for c in columns)) if columns else MODEL_USE
+    sections = [summary(config, dataset), *figures(folder, FIGURES), use.format(name=name)]
     sections += [GENERATE_USE] if config.get("prior_layers") else []
     sections += [CODEC_USE.format(name=name), *rivals(metrics)] if kind == "hf_ae_compressive" else []
     return front, sections + ([results(metrics)] if metrics else [])
@@ -137,6 +139,21 @@ processor = AutoImageProcessor.from_pretrained(repo)
 inputs = processor("image.png", return_tensors="pt")
 encoded = model.encode(**inputs)  # .latents
 reconstruction = processor.postprocess(model(**inputs).reconstruction)[0]  # a PIL image
+```"""
+TABLE_USE = """It takes rows of numbers, as images of height 1: {columns}.
+
+## Use
+
+```python
+import hf_ae
+from transformers import AutoImageProcessor, AutoModel
+
+repo = "{name}"  # this folder, or its id on the Hub
+model = AutoModel.from_pretrained(repo).eval()
+processor = AutoImageProcessor.from_pretrained(repo)  # with each column's mean and standard deviation
+inputs = processor(table, return_tensors="pt")  # a data frame, an array (rows, columns), or rows as mappings
+latents = model.encode(**inputs).latents
+rows = processor.postprocess(model(**inputs).reconstruction)  # in the units of the table
 ```"""
 GENERATE_USE = """New images, of codes that the model's prior draws:
 

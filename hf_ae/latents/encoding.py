@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..data import batch_for, check_column, image_column, open_dataset, to_pixel_values, without_bars
+from ..data import batch_for, check_column, image_column, open_dataset, rows_to_values, to_pixel_values, without_bars
 from ..data.images import Decoder, holds_bits, in_threads, undecoded, values_of
 from ..errors import UserError, require
 from ..loading import eval_mode, image_processor_for, load_model
@@ -32,7 +32,7 @@ MOST_ROWS, MOST_VALUES = 10_000, 2**24
 def encode_dataset(
     model: Any, dataset: Any, keep_columns: Sequence[str] = (), image_column: str | None = None,
     output_dir: str | Path | None = None, split: str = "train", task: int = 0, num_tasks: int = 1,
-    skip_broken_images: bool = False, progress: bool = False,
+    skip_broken_images: bool = False, progress: bool = False, processor: Any = None,
 ) -> Any:  # fmt: skip
     """Images -> a `datasets.Dataset` with a column `latents`, and `keep_columns`, in the order of the rows.
 
@@ -46,19 +46,22 @@ def encode_dataset(
     the others what is there. Raises ValueError for what does not fit, and for an `output_dir` that holds latents of
     another model or of other rows.
     """
-    model = load_model(model)[0] if isinstance(model, str | Path) else model
+    if isinstance(model, str | Path):
+        model, processor = load_model(model)
     dataset = open_dataset(str(dataset)) if isinstance(dataset, str | Path) else dataset
     if isinstance(dataset, Mapping):
         import datasets
 
         how: dict[str, Any] = dict(task=task, num_tasks=num_tasks, progress=progress)
         how |= dict(skip_broken_images=skip_broken_images, image_column=image_column, output_dir=output_dir)
+        how |= dict(processor=processor)
         return datasets.DatasetDict(
             {name: encode_dataset(model, rows, keep_columns, split=name, **how) for name, rows in dataset.items()}
         )
     require(hasattr(dataset, "num_rows"), "A stream has no known length: give a datasets.Dataset.")
     require(0 <= task < num_tasks, f"task={task} must lie between 0 and num_tasks - 1, {num_tasks - 1}.")
-    encoding = Encoding(model, dataset, list(keep_columns), image_column, skip_broken_images)
+    processor = processor or image_processor_for(model)
+    encoding = Encoding(model, processor, dataset, list(keep_columns), image_column, skip_broken_images)
     bar = tqdm(total=len(dataset), desc="encoding", mininterval=1.0, disable=not progress, leave=False)
     with bar, without_bars():
         if output_dir is None:
@@ -73,6 +76,7 @@ class Encoding:
     """The rows of a dataset, cut into shards, and the model that they go through."""
 
     model: Any
+    processor: Any
     rows: Any
     keep: list[str]
     column: str | None
@@ -80,13 +84,15 @@ class Encoding:
 
     def __post_init__(self) -> None:
         require(len(self.rows), "The dataset is empty.")
-        self.column = image_column(self.rows, self.column)
+        self.is_table = self.processor.feature_columns is not None
+        if not self.is_table:
+            self.column = image_column(self.rows, self.column)
         for name in self.keep:
             check_column(self.rows, name, "keep_columns")
             good = not name.startswith(("latents", "indices"))
             require(good, f"The column {name!r} has a name that the codes need: rename it first.")
-        self.processor = image_processor_for(self.model)
-        self.images = undecoded(self.rows, self.column)
+        columns = self.processor.feature_columns
+        self.images = self.rows.select_columns(columns) if self.is_table else undecoded(self.rows, str(self.column))
         self.size = max(1, min(MOST_ROWS, MOST_VALUES // math.prod(self.model.config.latent_shape)))
         self.bits: bool | None = None
 
@@ -162,6 +168,11 @@ class Encoding:
 
     def batches(self, where: range, kept: list[int], bar: Any) -> Iterator[Tensor]:
         """uint8 images of the rows, batch by batch; `kept` gets the rows that could be read."""
+        if self.is_table:
+            kept.extend(where)
+            bar.update(len(where))
+            yield from rows_to_values(self.images.select(where), self.processor).split(MOST_ROWS)
+            return
         if self.bits is None:  # one answer for all shards
             self.bits = holds_bits(values_of(self.images, str(self.column)))
         advice = "Leave such rows out with --skip_broken_images."
@@ -179,7 +190,8 @@ class Encoding:
 
 @torch.inference_mode()
 def encode(model: Any, pixels: Tensor) -> dict[str, Tensor]:
-    """uint8 images (images, channels, height, width) -> `latents`, and `indices` of discrete codes, on the CPU."""
+    """uint8 images (images, channels, height, width), or pixel values of a table's rows -> `latents`, and `indices` of
+    discrete codes, on the CPU."""
     with eval_mode(model):
         encoded = model.encode(to_pixel_values(pixels, model.device, model.config.pixel_range))
     found = {"latents": encoded.latents.float().cpu()}
