@@ -25,7 +25,7 @@ SCORES = ("mig", "sap", "dci", "factor_vae_score", "beta_vae_score")
 @pytest.fixture(scope="module")
 def factors():
     rng = np.random.default_rng(0)
-    return np.stack([rng.integers(size, size=1500) for size in SIZES], 1)
+    return np.stack([rng.integers(size, size=600) for size in SIZES], 1)
 
 
 @pytest.fixture(scope="module")
@@ -40,11 +40,12 @@ def test_perfect_and_useless_codes(score, factors):
     function, noise = getattr(disentanglement, score), np.random.default_rng(2).normal(size=(len(factors), 4))
     chance = 1 / 3 if score in ("factor_vae_score", "beta_vae_score") else 0.0
     perfect = np.concatenate([noise[:, :1], factors[:, ::-1] * [-1.0, 0.5, 3.0]], 1)  # in any order, scale and sign
-    assert function(perfect, factors) > 0.98
-    assert abs(function(noise, factors) - chance) < 0.03
-    constant = np.ones_like(factors)
-    assert function(perfect, np.concatenate([factors, constant], 1)) == function(perfect, factors)
-    assert function(torch.from_numpy(perfect), torch.from_numpy(factors)) == function(perfect, factors)
+    assert function(perfect, factors) > 0.95
+    assert abs(function(noise, factors) - chance) < 0.06
+    perfect, factors = perfect[:100], factors[:100]
+    found = function(perfect, factors)
+    assert function(perfect, np.concatenate([factors, np.ones_like(factors)], 1)) == found
+    assert function(torch.from_numpy(perfect), torch.from_numpy(factors)) == found
 
 
 def test_two_copies_of_a_perfect_code_leave_no_gap(factors):
@@ -118,7 +119,7 @@ def test_pairs_share_their_factor(factors):
     group, rng = disentanglement.Groups(factors[:, 1]), np.random.default_rng(0)
     values = factors[rng.integers(len(factors), size=(50, 64)), 1]
     rows = group.rows(values, rng)
-    assert (factors[rows, 1] == values).all() and len(np.unique(rows)) > 800
+    assert (factors[rows, 1] == values).all() and len(np.unique(rows)) > 550
 
 
 @pytest.mark.parametrize(

@@ -141,18 +141,17 @@ main(sys.argv[1:])
 
 
 def test_a_killed_run_goes_on(tmp_path):
-    """Killed as soon as it has written two shards, again and again, until it is done."""
+    """Killed as soon as it has written two shards."""
     words = ["encode", str(ROOT / "model_cards" / "fashion-vae"), "--dataset_name", str(SAMPLE)]
     words += ["--split", "test", "--keep_columns", "label", "-o"]
     command = [sys.executable, "-c", KILLED, *words, str(tmp_path / "killed")]
     shards = tmp_path / "killed" / "data"
-    for wanted in (2, 4):
-        run = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        while len(list(shards.glob("t*"))) < wanted and run.poll() is None:
-            time.sleep(0.002)
-        run.send_signal(signal.SIGKILL)
-        _, errors = run.communicate()
-        assert run.returncode == -signal.SIGKILL, errors
+    run = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while len(list(shards.glob("t*"))) < 2 and run.poll() is None:
+        time.sleep(0.002)
+    run.send_signal(signal.SIGKILL)
+    _, errors = run.communicate()
+    assert run.returncode == -signal.SIGKILL, errors
     assert not encoding.is_complete(tmp_path / "killed")
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -166,6 +165,7 @@ def test_a_killed_run_goes_on(tmp_path):
     np.testing.assert_allclose(killed["latents"], whole["latents"], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_latents_go_to_the_hub_and_come_back(rows, tmp_path):
     model, images = make("autoencoder-mlp"), tmp_path / "images"
     model.save_pretrained(tmp_path / "model")

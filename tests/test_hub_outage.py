@@ -75,7 +75,7 @@ def hub(monkeypatch, tmp_path):
 def test_a_hub_that_refuses_is_not_taken_for_one_without_a_sampler(hub):
     hub(status=403)
     said = json.loads(run_python(ASK).splitlines()[-1])
-    assert said is not None and said.startswith("The Hub cannot be asked for the sampler of me/model: ")
+    assert said is not None and said.startswith("The Hub cannot be asked for the sampler.safetensors of me/model: ")
 
 
 @pytest.mark.parametrize("creates, words", [(False, "Nothing was uploaded, and"), (True, "is there, but no file was")])
