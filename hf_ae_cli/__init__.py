@@ -9,7 +9,7 @@ import sys
 
 import typer  # alone: each command imports what it needs, so that --help answers at once
 
-from . import models, codes  # noqa: F401, I001  they add their commands, in this order
+from . import models, representations  # noqa: F401  they add their commands, in this order
 from .options import app
 
 app.info.help = __doc__
