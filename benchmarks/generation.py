@@ -59,8 +59,8 @@ def ours(
     kind: str, args: argparse.Namespace, train_pixels: Tensor, test: Tensor, network: nn.Module, seed: int = 0
 ) -> dict[str, dict]:
     """Rows of the table for one of our models."""
-    from hf_ae.evaluation.evaluate import reconstruct
     from hf_ae.evaluation.generation import measure_generation, model_generator
+    from hf_ae.latents import reconstruct
     from hf_ae.latents.sampling import encode_all, fit
     from hf_ae.loading import load_model
     from hf_ae.train import ImageTrainingArguments, train

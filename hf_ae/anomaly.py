@@ -17,13 +17,11 @@ from torch import Tensor
 from .data import ImagesInMemory, batch_for, rows_to_values, to_pixel_values
 from .data import image_column as find_image_column
 from .errors import UserError, first_line, require, user_input
-from .latents.sampling import Sampler, file_beside
+from .latents.sampling import Sampler, file_beside, fit_group
 from .loading import eval_mode, image_processor_for, load_model
 
 FILE = "anomaly_detector.safetensors"
 PARTS = ("reconstruction", "bound", "gaussian", "mixture", "neighbors")
-COMBINED = ("mixture", "neighbors")
-"""What is combined where nothing else is asked for (benchmarks/anomaly.py)."""
 OPTIONS = ("score", "contamination", "components", "num_neighbors", "seed")
 """What a saved detector is made with again."""
 MOST_VALUES = 64
@@ -52,7 +50,7 @@ class AnomalyDetector:
     """
 
     def __init__(
-        self, model: Any, score: str = "+".join(COMBINED), contamination: float = 0.05, components: int = 10,
+        self, model: Any, score: str = "mixture+neighbors", contamination: float = 0.05, components: int = 10,
         num_neighbors: int = 5, seed: int = 0, processor: Any = None,
     ) -> None:  # fmt: skip
         if isinstance(model, str | Path):
@@ -84,13 +82,12 @@ class AnomalyDetector:
         self.tensors = self._densities(self._latents(pixels[order[len(held) :]]))
         found = self._unusual(pixels[held])
         self.tensors |= {"part_mean": found.mean(0), "part_std": found.std(0).clamp(min=1e-12)}
-        scores = self._scores(pixels[held])
-        self.tensors["offset"] = scores.quantile(self.contamination)
+        self.tensors["offset"] = self._joined(found).quantile(self.contamination)
         return self
 
     def score_samples(self, images: Any, image_column: str | None = None) -> NDArray[Any]:
         """Images -> (images,): higher is more normal. Raises ValueError before `fit`."""
-        return self._scores(self._pixels(images, image_column)).numpy()
+        return self._joined(self._unusual(self._pixels(images, image_column))).numpy()
 
     def decision_function(self, images: Any, image_column: str | None = None) -> NDArray[Any]:
         """Images -> (images,): `score_samples` above the threshold, negative for outliers."""
@@ -114,13 +111,6 @@ class AnomalyDetector:
         low, high = self.model.config.pixel_range
         parts = [(x - self._reconstruct(x)).square().mean(1) / (high - low) ** 2 for x in self._batches(pixels)]
         return torch.cat(parts).cpu().numpy()
-
-    @torch.inference_mode()
-    def reconstruct(self, images: Any, image_column: str | None = None) -> Tensor:
-        """Images -> what the model makes of them (images, channels, height, width), in 0…1."""
-        low, high = self.model.config.pixel_range
-        parts = [self._reconstruct(x) for x in self._batches(self._pixels(images, image_column))]
-        return ((torch.cat(parts).cpu() - low) / (high - low)).clamp(0, 1)
 
     # Files
 
@@ -179,9 +169,8 @@ class AnomalyDetector:
             yield to_pixel_values(part, self.model.device, self.model.config.pixel_range)
 
     def _reconstruct(self, values: Tensor) -> Tensor:
-        how = {"corrupt": False} if self.model.can_denoise else {}
         with eval_mode(self.model):
-            return self.model(values, **how).reconstruction.float()
+            return self.model(values).reconstruction.float()
 
     @torch.inference_mode()
     def _latents(self, pixels: Tensor) -> Tensor:
@@ -195,26 +184,16 @@ class AnomalyDetector:
         _, _, directions = torch.linalg.svd((latents - mean)[:MOST_NEIGHBORS].double(), full_matrices=False)
         found = {"mean": mean, "directions": directions[:values].float()}
         codes = (latents - mean) @ found["directions"].T
-        spread = codes.var(0).clamp(min=1e-12)
-        covariance = torch.cov(codes.T.double()).reshape(values, values) + 1e-3 * spread.mean() * torch.eye(values)
-        found["factor"] = torch.linalg.cholesky(covariance).float()
+        least = 1e-3 * codes.var(0).clamp(min=1e-12).mean().item()
+        found["factor"] = fit_group(codes, "gaussian", 1, self.seed, least)[2][0]
         if "mixture" in self.parts:
-            found |= self._mixture(codes, 1e-3 * spread.mean().item())
+            count = min(self.components, max(1, len(codes) // (2 * values)))
+            weights, means, factors = fit_group(codes, "mixture", count, self.seed, least)
+            found |= {"weights": weights.float(), "means": means.float(), "factors": factors.float()}
         if "neighbors" in self.parts:
             order = torch.randperm(len(codes), generator=torch.Generator().manual_seed(self.seed))[:MOST_NEIGHBORS]
             found["neighbors"] = whitened(codes[order], found["factor"])
         return found
-
-    def _mixture(self, codes: Tensor, least: float) -> dict[str, Tensor]:
-        from sklearn.mixture import GaussianMixture
-
-        count = min(self.components, max(1, len(codes) // (2 * codes.shape[1])))
-        mixture = GaussianMixture(count, reg_covar=least, random_state=self.seed, max_iter=200)
-        mixture.fit(codes.double().numpy())
-        names = ("weights", "means", "covariances")
-        weights, means, covariances = (torch.from_numpy(getattr(mixture, f"{name}_")) for name in names)
-        factors = torch.linalg.cholesky(covariances)
-        return {"weights": weights.float(), "means": means.float(), "factors": factors.float()}
 
     @torch.inference_mode()
     def _unusual(self, pixels: Tensor) -> Tensor:
@@ -232,9 +211,9 @@ class AnomalyDetector:
         }
         return torch.stack([measures[part]() for part in self.parts], 1)
 
-    def _scores(self, pixels: Tensor) -> Tensor:
-        found = (self._unusual(pixels) - self.tensors["part_mean"]) / self.tensors["part_std"]
-        return -found.mean(1)
+    def _joined(self, unusual: Tensor) -> Tensor:
+        """(images, parts), higher is less normal -> (images,), higher is more normal."""
+        return -((unusual - self.tensors["part_mean"]) / self.tensors["part_std"]).mean(1)
 
     def _errors(self, pixels: Tensor) -> Tensor:
         """The squared error of each image."""

@@ -11,8 +11,8 @@ import torch
 
 from .data import ImagesInMemory, image_column, open_dataset, pick_split
 from .errors import require
-from .evaluation.evaluate import evaluate, reconstruct
-from .latents import decode, random_latents
+from .evaluation.evaluate import evaluate
+from .latents import decode, random_latents, reconstruct
 from .loading import CHECKOUT, DEFAULT_PIPELINE, load_model, load_pipeline
 from .metrics import reconstruction_metrics
 from .models.image_processing import to_mode

@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModel
 
 from .data import batch_for, table_processor
 from .errors import require, user_input
+from .evaluation.record import own_random_numbers
 from .loading import pick_device
 from .models.image_processing import AutoencoderImageProcessor
 
@@ -58,8 +59,7 @@ class AutoencoderTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, 
         values = self._pixel_values(X)
         seed = int(check_random_state(self.random_state).randint(2**31 - 1))
         device = pick_device(self.device)
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(seed)
+        with own_random_numbers(device, seed):
             self.model_ = self._new_model(values).to(device)
             self._train(values.to(device))
         self.model_.eval()
@@ -157,8 +157,7 @@ class AutoencoderTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, 
 
 def squared_errors(model: Any, values: Tensor) -> Tensor:
     """Minus the squared error of each row."""
-    how = {"corrupt": False} if model.can_denoise else {}
-    return -(model(values, **how).reconstruction - values).square().flatten(1).sum(1)
+    return -(model(values).reconstruction - values).square().flatten(1).sum(1)
 
 
 def is_pictures(X: Any) -> bool:

@@ -13,7 +13,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
@@ -236,12 +235,12 @@ def load_table(args: ImageTrainingArguments) -> tuple[Any, ImagesInMemory, Tenso
     rows = pick_split(splits, args.train_split)
     rows = rows.select(range(min(len(rows), args.max_train_samples or len(rows))))
     table = read_table(rows, columns)
-    broken = ", ".join(name for name, column in zip(columns, table.T) if not np.isfinite(column).all())
-    require(not broken, f"The columns {broken} hold NaN or infinite values: fill them in, or leave such rows out.")
     processor = table_processor(table, columns)
+    with user_input():
+        values = processor.standardized(table)
     name = (args.eval_split or held_out_name(splits)) if args.validation_epochs else None
     held_out = None if name is None else rows_to_values(pick_split(splits, name), processor)
-    return processor, ImagesInMemory(processor.standardized(table)), held_out
+    return processor, ImagesInMemory(values), held_out
 
 
 def note_lost_colors(rows: Any, column: str, processor: Any) -> None:

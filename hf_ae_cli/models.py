@@ -125,7 +125,7 @@ def reconstruct(
 ) -> None:
     """Send image files through a model and draw them beside what comes back."""
     from hf_ae.errors import user_input
-    from hf_ae.evaluation.evaluate import reconstruct as reconstruct_images
+    from hf_ae.latents import reconstruct as reconstruct_images
     from hf_ae.loading import load_model, pick_device
     from hf_ae.metrics import reconstruction_metrics
     from hf_ae.plots import labelled_rows

@@ -15,6 +15,7 @@ from ..anomaly import FILE, AnomalyDetector
 from ..data import ImagesInMemory, without_bars
 from ..data import image_column as find_image_column
 from ..errors import require
+from ..latents import reconstruct
 from ..latents.sampling import file_beside
 from ..loading import load_model, pick_device
 from ..plots import labelled_rows
@@ -125,7 +126,7 @@ def score_table(detector: AnomalyDetector, rows: Any, image_column: str | None, 
 def draw_unusual(detector: AnomalyDetector, pixels: Tensor, path: Path) -> None:
     """uint8 images beside what the model makes of them, and where it errs: brighter is farther off."""
     images = pixels.float() / 255
-    rebuilt = detector.reconstruct(pixels)
+    rebuilt = reconstruct(detector.model, images)
     maps = torch.from_numpy(detector.anomaly_map(pixels)).sqrt()[:, None]
     rows = {"most unusual": images, "reconstruction": rebuilt, "difference": maps / maps.max().clamp(min=1e-6)}
     labelled_rows(rows, path)

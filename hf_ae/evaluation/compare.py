@@ -14,10 +14,10 @@ from torch import Tensor
 
 from ..data import ImagesInMemory, evaluation_split, image_column, open_dataset, pick_split
 from ..errors import UserError, require
+from ..latents import reconstruct
 from ..loading import load_model, load_pipeline, pick_device, pipeline_image_processor
 from ..metrics import reconstruction_metrics
 from ..plots import labelled_rows
-from .evaluate import reconstruct
 from .feature_network import load_feature_network
 from .generation import (
     IMAGES,

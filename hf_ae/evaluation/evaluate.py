@@ -29,6 +29,7 @@ from ..data import (
 from ..errors import UserError, require
 from ..hub.card_parts import read_card
 from ..hub.cards import write_card
+from ..latents import reconstruct
 from ..loading import load_model, load_pipeline, pick_device, pipeline_image_processor
 from ..metrics import pca_reconstruction, reconstruction_metrics
 from ..models.image_processing import open_image, to_mode
@@ -222,14 +223,6 @@ def applicable(model: Any, request: Request) -> list[str]:
         if model.can_sample and task == "likelihood":
             print(f"No {task}: {reasons[task]}.")
     return [task for task in request.asked if task not in reasons]
-
-
-@torch.no_grad()
-def reconstruct(model: Any, images: Tensor) -> Tensor:
-    """Images in 0…1 (images, channels, height, width) -> their reconstructions in 0…1, on the CPU."""
-    low, high = model.config.pixel_range
-    parts = [model(x.to(model.device) * (high - low) + low).reconstruction.float().cpu() for x in each_batch(images)]
-    return ((torch.cat(parts) - low) / (high - low)).clamp(0, 1)
 
 
 def measure_reconstruction(model: Any, data: Data, pixels: Tensor, metrics: dict[str, Any]) -> dict[str, Tensor]:

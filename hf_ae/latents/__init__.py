@@ -1,5 +1,8 @@
 """What one does with latents: walk from one to another, add and subtract them, map a plane, draw new ones."""
 
-from .walks import arithmetic, decode, interpolate, manifold_grid, random_codes, random_latents, traversal
+from .walks import arithmetic, decode, interpolate, manifold_grid, random_codes, random_latents, reconstruct, traversal
 
-__all__ = ["arithmetic", "decode", "interpolate", "manifold_grid", "random_codes", "random_latents", "traversal"]
+__all__ = [
+    "arithmetic", "decode", "interpolate", "manifold_grid", "random_codes", "random_latents", "reconstruct",
+    "traversal",
+]  # fmt: skip

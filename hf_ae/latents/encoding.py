@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 from ..data import batch_for, check_column, image_column, open_dataset, rows_to_values, to_pixel_values, without_bars
 from ..data.images import Decoder, holds_bits, in_threads, undecoded, values_of
 from ..errors import UserError, require
+from ..export import named
 from ..loading import eval_mode, image_processor_for, load_model
 
 MANIFEST = ".encoding.json"
@@ -196,9 +197,8 @@ def encode(model: Any, pixels: Tensor) -> dict[str, Tensor]:
         encoded = model.encode(to_pixel_values(pixels, model.device, model.config.pixel_range))
     found = {"latents": encoded.latents.float().cpu()}
     if model.has_discrete_codes:
-        levels = model.levels_of(encoded.indices)
-        names = ["indices"] if len(levels) == 1 else [f"indices_{i + 1}" for i in range(len(levels))]
-        found |= {name: level.int().cpu() for name, level in zip(names, levels)}
+        levels = named(model.levels_of(encoded.indices))
+        found |= {name: level.int().cpu() for name, level in levels.items()}
     return found
 
 

@@ -179,16 +179,18 @@ def fit(latents: Tensor, kind: str, labels: Tensor | None = None, components: in
     return Sampler(kind, weights, means, factors, shape, None if labels is None else classes)
 
 
-def fit_group(flat: Tensor, kind: str, components: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(weights, means, factors) of one group of latents (n, values)."""
+def fit_group(
+    flat: Tensor, kind: str, components: int, seed: int, least_variance: float = 1e-6
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(weights, means, factors) of one group of latents (n, values); `least_variance` is added to each covariance."""
     n, values = flat.shape
     require(n > values, f"{n} latents are too few for a covariance of {values} values: give more images.")
     if kind == "gaussian":
-        covariance = torch.cov(flat.double().T).reshape(values, -1) + 1e-6 * torch.eye(values)
+        covariance = torch.cov(flat.double().T).reshape(values, -1) + least_variance * torch.eye(values)
         return torch.ones(1), flat.mean(0, keepdim=True), torch.linalg.cholesky(covariance)[None].float()
     from sklearn.mixture import GaussianMixture
 
-    mixture = GaussianMixture(min(components, n), reg_covar=1e-6, random_state=seed, max_iter=200)
+    mixture = GaussianMixture(min(components, n), reg_covar=least_variance, random_state=seed, max_iter=200)
     mixture.fit(flat.double().numpy())
     arrays = (mixture.weights_, mixture.means_, mixture.covariances_)
     weights, means, covariances = (torch.from_numpy(array) for array in arrays)

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..data import batch_for
+from ..data import batch_for, each_batch
 from ..errors import require
+from ..loading import eval_mode
 from .sampling import prior
 
 KINDS = ("linear", "spherical")
@@ -100,3 +101,14 @@ def decode(model: Any, latents: Tensor) -> Tensor:
     """Latents (n, *shape) -> images, in batches that fit into memory."""
     parts = latents.split(batch_for(model.config.num_pixels))
     return torch.cat([model.decode(part.to(model.device)).sample.float().cpu() for part in parts])
+
+
+@torch.no_grad()
+def reconstruct(model: Any, images: Tensor) -> Tensor:
+    """Images in 0…1 (images, channels, height, width) -> their reconstructions in 0…1, on the CPU, in batches that fit
+    into memory."""
+    low, high = model.config.pixel_range
+    with eval_mode(model):
+        batches = (x.to(model.device) * (high - low) + low for x in each_batch(images))
+        parts = [model(x).reconstruction.float().cpu() for x in batches]
+    return ((torch.cat(parts) - low) / (high - low)).clamp(0, 1)
