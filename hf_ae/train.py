@@ -239,7 +239,7 @@ def load_table(args: ImageTrainingArguments) -> tuple[Any, ImagesInMemory, Tenso
     with user_input():
         values = processor.standardized(table)
     name = (args.eval_split or held_out_name(splits)) if args.validation_epochs else None
-    held_out = None if name is None else rows_to_values(pick_split(splits, name), processor)
+    held_out = None if name is None else rows_to_values(pick_split(splits, name), processor)[: args.max_eval_samples]
     return processor, ImagesInMemory(values), held_out
 
 
