@@ -155,6 +155,17 @@ def test_corruption_statistics():
     assert torch.equal(masked[:, 0] == 0, masked[:, 2] == 0)
     salted = corrupt(x, "salt_pepper", 0.2, low=-1.0, high=1.0, generator=g)
     assert abs((salted == 1).float().mean() - 0.1) < 0.01 and abs((salted == -1).float().mean() - 0.1) < 0.01
+    hidden = corrupt(x, "patches", 0.75, generator=g, patch_size=8) == 0
+    patches = (
+        torch.nn.functional.pad(hidden[:, 0], (0, 4, 0, 4)).unfold(1, 8, 8).unfold(2, 8, 8).flatten(3)[:, :12, :12]
+    )
+    assert torch.equal(patches.any(3), patches.all(3))  # whole squares
+    assert torch.equal(hidden[:, 0], hidden[:, 2])
+    assert not torch.equal(hidden[0], hidden[1])
+    whole = corrupt(torch.ones(3, 1, 96, 96), "patches", 0.75, generator=g, patch_size=8) == 0
+    assert (whole.sum((1, 2, 3)) == 0.75 * 96 * 96).all()  # as many in each image
+    for level in (0.0, 1.0):  # at least one patch, and never all
+        assert 0 < (corrupt(torch.ones(1, 1, 28, 28), "patches", level) == 0).sum() < 28 * 28
     small = corrupt(x, "low_resolution", 4)
     torch.testing.assert_close(small[0, 0, :4, :4], x[0, 0, :4, :4].mean().expand(4, 4))
     assert corrupt(torch.rand(1, 1, 30, 31), "low_resolution", 4).shape == (1, 1, 30, 31)

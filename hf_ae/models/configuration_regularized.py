@@ -40,17 +40,19 @@ class DenoisingAutoencoderConfig(SparseAutoencoderConfig):
     `pixel_range=[-1, 1]`): it starts by giving back what the latents keep of the damaged image, and learns the
     repair."""
     corruption: str = "gaussian"
-    """`gaussian`, `masking`, `salt_pepper`, `low_resolution` or `grayscale`."""
+    """`gaussian`, `masking`, `salt_pepper`, `patches`, `low_resolution` or `grayscale`."""
     corruption_level: float = 0.3
     """gaussian: standard deviation, in units of the pixel range's width. masking and salt_pepper: fraction of the
-    pixels hit. low_resolution: whole factor, at least 2. grayscale: unused."""
+    pixels hit. patches: fraction of the squares. low_resolution: whole factor, at least 2. grayscale: unused."""
+    corruption_patch_size: int = 4
+    """Height and width of the squares that `patches` hides, in pixels."""
     sparsity: str = "none"
     """As in [`SparseAutoencoderConfig`]."""
 
     choices = {
         **SparseAutoencoderConfig.choices,
         "network": (*AutoencoderConfig.choices["network"], "transform"),
-        "corruption": ("gaussian", "masking", "salt_pepper", "low_resolution", "grayscale"),
+        "corruption": ("gaussian", "masking", "salt_pepper", "patches", "low_resolution", "grayscale"),
     }
 
     def check(self) -> None:
@@ -64,9 +66,14 @@ class DenoisingAutoencoderConfig(SparseAutoencoderConfig):
         require(good, f"corruption='grayscale' needs num_channels=3, not {self.num_channels}.")
         good = kind != "low_resolution" or (level == int(level) and level >= 2)
         require(good, f"corruption='low_resolution' needs a whole corruption_level of at least 2, not {level}.")
-        good = kind not in ("masking", "salt_pepper") or 0 <= level <= 1
+        good = kind not in ("masking", "salt_pepper", "patches") or 0 <= level <= 1
         require(good, f"corruption={kind!r} needs a corruption_level from 0 to 1, not {level}.")
         require(level >= 0, f"corruption_level={level} must not be negative.")
+        side, most = self.corruption_patch_size, max(self.image_hw)
+        good = kind != "patches" or 1 <= side < most
+        require(
+            good, f"corruption_patch_size={side} must lie between 1 and {most - 1}: an image holds several patches."
+        )
 
 
 class ContractiveAutoencoderConfig(AutoencoderConfig):

@@ -73,7 +73,9 @@ class DenoisingAutoencoderModel(SparseAutoencoderModel):
     def corrupt(self, pixel_values: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """`pixel_values` with the configured damage."""
         low, high = self.config.pixel_range
-        return corrupt(pixel_values, self.config.corruption, self.config.corruption_level, low, high, generator)
+        config = self.config
+        kind, level, side = config.corruption, config.corruption_level, config.corruption_patch_size
+        return corrupt(pixel_values, kind, level, low, high, generator, side)
 
 
 class ContractiveAutoencoderModel(AutoencoderModel):
