@@ -111,11 +111,11 @@ def dynamic_shapes(model: Any, inputs: dict[str, Tensor]) -> dict[str, dict[int,
     return shapes
 
 
-def export(model: Any, folder: str | Path, format: str = "onnx") -> dict[str, Path]:
+def export(model: Any, folder: str | Path, format: str = "onnx", only: str | None = None) -> dict[str, Path]:
     """Write the parts of a model of this family into `folder`; returns name -> file.
 
     `format`: `onnx`, which needs onnx and onnxscript, or `torch` for programs that `torch.export.load` reads. Beside
-    them goes config.json, which says what images and latents are in. Raises UserError.
+    them goes config.json, which says what images and latents are in. `only`: one of the parts. Raises UserError.
     """
     require(format in FORMATS, f"format={format!r} is not known: write one of {', '.join(FORMATS)}.")
     require(model.device.type == "cpu", "A model is exported on the CPU: model.to('cpu').")
@@ -128,6 +128,8 @@ def export(model: Any, folder: str | Path, format: str = "onnx") -> dict[str, Pa
     folder.mkdir(parents=True, exist_ok=True)
     # an example with sizes of its own in each dimension: equal ones are taken for one and the same
     for name, part, inputs in parts(model, 5, (2, 3) if spatial else (1, 1)):
+        if only not in (None, name):
+            continue
         shapes = dynamic_shapes(model, inputs)
         with silence():
             program, _ = exporter.export_program(part, inputs, config=config(dynamic=True, dynamic_shapes=shapes))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -74,6 +75,39 @@ def saved(sheet: Image.Image, path: str | Path | None) -> Image.Image:
     return sheet
 
 
+def new_figure(width: float, height: float) -> Any:
+    """An empty figure of so many inches, apart from pyplot, which is the caller's; `figure.savefig(path)`."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=100, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def class_colours(count: int) -> Any:
+    """A colour map of `count` classes."""
+    from matplotlib import colormaps
+
+    return colormaps["tab10" if count <= 10 else "nipy_spectral"].resampled(count)
+
+
+def scatter_of_classes(
+    axis: Any, points: np.ndarray, labels: Sequence[int] | None, names: Sequence[str] = (), **how: Any
+) -> Any:
+    """Points (images, 2), coloured by class where there are `labels`; with `names`, a legend of them."""
+    style = dict(s=3, alpha=0.7, linewidths=0, **how)
+    if labels is None:
+        return axis.scatter(points[:, 0], points[:, 1], **style)
+    top = max(len(names), max(labels) + 1)
+    limits = dict(cmap=class_colours(top), vmin=-0.5, vmax=top - 0.5)
+    drawn = axis.scatter(points[:, 0], points[:, 1], c=labels, **style, **limits)
+    if 0 < len(names) <= 20:
+        marks = [axis.scatter([], [], color=drawn.cmap(i / max(1, top - 1)), s=24) for i in range(len(names))]
+        axis.legend(marks, names, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=9)
+    return drawn
+
+
 def latent_plane(
     latents: np.ndarray, labels: Sequence[int] | None, decoded: Tensor, extent: tuple[float, float, float, float],
     path: str | Path, size: int = 720,
@@ -83,30 +117,20 @@ def latent_plane(
     latents: (images, 2). labels: whole numbers from 0, (images,), or None. decoded: (rows·rows, channels, height,
     width), rows from the top. extent: (x low, x high, y low, y high) of both halves.
     """
-    from matplotlib import colormaps
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     sheet = image_grid(decoded, round(len(decoded) ** 0.5), cell=decoded.shape[-2], gap=0)
-    inches = (2 * size / 100, size / 100)
-    figure = Figure(figsize=inches, dpi=100, layout="constrained")  # pyplot is the caller's
+    figure = new_figure(2 * size / 100, size / 100)
     left, right = figure.subplots(1, 2)
-    points = dict(s=3, alpha=0.7, linewidths=0)
-    if labels is None:
-        left.scatter(latents[:, 0], latents[:, 1], **points)
-    else:
+    scattered = scatter_of_classes(left, latents, labels)
+    if labels is not None:
         top = max(labels) + 1
-        colours = colormaps["tab10" if top <= 10 else "nipy_spectral"].resampled(top)
-        limits = dict(cmap=colours, vmin=-0.5, vmax=top - 0.5)
-        scattered = left.scatter(latents[:, 0], latents[:, 1], c=labels, **points, **limits)
         ticks = range(0, top, max(1, top // 10))
         bar = figure.colorbar(scattered, ax=left, ticks=ticks, location="left", shrink=0.8)
         bar.set_label("class")
-        bar.solids.set_alpha(1)  # type: ignore[union-attr]
+        bar.solids.set_alpha(1)
     left.set(title="latents of test images", xlim=extent[:2], ylim=extent[2:])
     right.imshow(sheet, extent=extent, interpolation="lanczos")
     right.set(title="what the decoder draws there")
     for axis in (left, right):
         axis.set_box_aspect(1)
         axis.set_aspect("auto")
-    FigureCanvasAgg(figure).print_figure(path)
+    figure.savefig(path)

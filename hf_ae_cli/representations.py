@@ -103,6 +103,33 @@ def anomaly(
     print(f"Written: {output}, {outliers:,} of {len(rows):,} rows are outliers{figure}")
 
 
+@app.command("map")
+def map_command(
+    model: ModelArgument,
+    dataset_name: Dataset,
+    output: Annotated[Path, option("Page to write, .html, or figure, .png.", "-o", "--output")] = Path("map.html"),
+    dataset_config_name: DatasetConfig = None,
+    image_column: ImageColumn = None,
+    label_column: Annotated[str | None, option("Classes to colour by; default: label.", "--label_column")] = None,
+    split: Annotated[str | None, option("Split to map; default: test or validation.")] = None,
+    method: Annotated[
+        str | None, option("pca, tsne, umap, or latents where there are two (the default there; else pca).")
+    ] = None,
+    max_images: Annotated[int, option("Take the first images only.", "--max_images", min=1)] = 4000,
+    device: Device = None,
+) -> None:
+    """Map a dataset by its latents: a page to point at, or a figure, and how well the map keeps who is near whom."""
+    check_folder_of(output)
+    check(output.suffix in (".html", ".png"), f"{output} must end in .html or .png.")
+    from hf_ae.evaluation.mapping import map_dataset
+
+    how: dict[str, Any] = dict(image_column=image_column, label_column=label_column, split=split, method=method)
+    how |= dict(config=dataset_config_name, max_images=max_images, device=device)
+    quality, written = map_dataset(model, dataset_name, output, **how)
+    print("  ".join(f"{name} {value:.3f}" for name, value in quality.items()))
+    print(f"Written: {', '.join(map(str, written))}")
+
+
 @app.command()
 def sprites(
     output: OutputFolder = Path("sprites"), colored: Annotated[bool, option("Six colours too.", "--colored")] = False

@@ -68,6 +68,7 @@ def test_wheel_holds_all_of_the_package_and_nothing_else(tmp_path):
     files |= {f"hf_ae/pipelines/{path.name}" for path in (ROOT / "pipelines").glob("*.py")}
     files |= {f"hf_ae_cli/{path.name}" for path in (ROOT / "hf_ae_cli").glob("*.py")}
     files |= {"hf_ae/py.typed", "hf_ae/evaluation/feature_network.safetensors"}
+    files |= {f"hf_ae/latents/page/{path.name}" for path in (ROOT / "hf_ae" / "latents" / "page").iterdir()}
     about = f"hf_ae-{hf_ae.__version__}.dist-info/"
     assert {name for name in names if not name.startswith(about)} == files
 

@@ -104,6 +104,16 @@ def decode(model: Any, latents: Tensor) -> Tensor:
 
 
 @torch.no_grad()
+def encode_images(model: Any, images: Tensor) -> Tensor:
+    """Images in 0…1 (images, channels, height, width) -> latents (images, *shape), float32 on the CPU, a VAE's the
+    means, in batches that fit into memory."""
+    low, high = model.config.pixel_range
+    with eval_mode(model):
+        batches = (x.to(model.device) * (high - low) + low for x in each_batch(images))
+        return torch.cat([model.encode(x).latents.float().cpu() for x in batches])
+
+
+@torch.no_grad()
 def reconstruct(model: Any, images: Tensor) -> Tensor:
     """Images in 0…1 (images, channels, height, width) -> their reconstructions in 0…1, on the CPU, in batches that fit
     into memory."""
