@@ -52,6 +52,14 @@ def evaluate(
     sampler: SamplerKind = None,
     label_column: LabelColumn = None,
     feature_network: Network = None,
+    corrupt: Annotated[str | None, option("What to repair, as gaussian:0.5; default: the model's own.")] = None,
+    outliers: Annotated[str | None, option("Dataset whose images are outliers, for anomaly.")] = None,
+    normal_class: Annotated[
+        str | None, option("Class of the normal images, for anomaly; all others are outliers.", "--normal_class")
+    ] = None,
+    factor_columns: Annotated[
+        str | None, option("Factors a,b for disentanglement; default: columns of whole numbers.", "--factor_columns")
+    ] = None,
     device: Device = None,
     replace: Replace = False,
 ) -> None:
@@ -64,7 +72,9 @@ def evaluate(
     how: dict[str, Any] = dict(tasks=tasks, samples=samples, max_images=max_images, binarize=binarize)
     generation: dict[str, Any] = dict(sampler=sampler, label_column=label_column, feature_network=feature_network)
     run: dict[str, Any] = dict(device=device, replace=replace)
-    metrics = evaluation.evaluate(model, dataset_name, **run, **data, **how, **generation)
+    rest: dict[str, Any] = dict(corrupt=corrupt, outliers=outliers, normal_class=normal_class)
+    rest |= dict(factor_columns=factor_columns)
+    metrics = evaluation.evaluate(model, dataset_name, **run, **data, **how, **generation, **rest)
     print(evaluation.summary(metrics))
 
 

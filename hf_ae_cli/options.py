@@ -21,7 +21,7 @@ ImageFile = Annotated[Path, typer.Argument(help="Image file.")]
 Dataset = Annotated[str, option("Hub id of a dataset, or a folder.", "--dataset_name")]
 DatasetConfig = Annotated[str | None, option("Where the dataset has several.", "--dataset_config_name")]
 ImageColumn = Annotated[str | None, option("Default: the only one with images.", "--image_column")]
-LabelColumn = Annotated[str | None, option("Fit the sampler to each of these classes.", "--label_column")]
+LabelColumn = Annotated[str | None, option("Classes; for generation, to fit the sampler to each.", "--label_column")]
 Split = Annotated[str | None, option("Split to measure on; default: test or validation.")]
 TrainSplit = Annotated[str, option("Split to fit PCA and samplers on.", "--train_split")]
 MaxImages = Annotated[int | None, option("Take the first images only.", "--max_images", min=1)]
@@ -33,7 +33,12 @@ SamplerKind = Annotated[
 Network = Annotated[
     str | None, option("An image model of transformers; default: one that ships.", "--feature_network")
 ]
-Tasks = Annotated[str | None, option("reconstruction,likelihood,compression,generation; default: the first three.")]
+Tasks = Annotated[
+    str | None,
+    option(
+        "reconstruction,likelihood,compression (default), generation,representation,anomaly,disentanglement,repair."
+    ),
+]
 Pipeline = Annotated[str | None, option("Folder or Hub id of a pipeline; default: emoji-text-to-image.", "--model")]
 Table = Annotated[Path | None, option("Table to write, .md or .json; a figure .png beside it.", "-o", "--output")]
 Device = Annotated[str | None, option("cuda, mps, xpu or cpu; default: the first that is there.")]

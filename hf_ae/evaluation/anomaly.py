@@ -11,14 +11,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..anomaly import FILE, AnomalyDetector
-from ..data import ImagesInMemory, without_bars
+from ..anomaly import FILE, PARTS, AnomalyDetector
+from ..data import ImagesInMemory, evaluation_split, open_dataset, pick_split, read_labels, without_bars
 from ..data import image_column as find_image_column
 from ..errors import require
 from ..latents import reconstruct
 from ..latents.sampling import file_beside
 from ..loading import load_model, pick_device
 from ..plots import labelled_rows
+from .request import Data
 
 Array = NDArray[Any]
 
@@ -116,7 +117,7 @@ def score_table(detector: AnomalyDetector, rows: Any, image_column: str | None, 
         column = find_image_column(rows, image_column)
         pixels = ImagesInMemory.load(rows, column, detector.processor, progress=True).pixels
         scores = detector.score_samples(pixels)
-        draw_unusual(detector, pixels[torch.from_numpy(scores).argsort()[:12]], figure)
+        labelled_rows(unusual(detector, pixels[torch.from_numpy(scores).argsort()[:12]]), figure)
     plain = [name for name, kind in rows.features.items() if isinstance(kind, datasets.Value | datasets.ClassLabel)]
     table = {"row": np.arange(len(scores)), "score": scores, "outlier": scores < detector.offset_}
     kept = [name for name in plain if name not in table]
@@ -126,10 +127,61 @@ def score_table(detector: AnomalyDetector, rows: Any, image_column: str | None, 
         return datasets.concatenate_datasets([found, others], axis=1) if kept else found
 
 
-def draw_unusual(detector: AnomalyDetector, pixels: Tensor, path: Path) -> None:
+def anomaly(model: Any, data: Data, pixels: Tensor) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The task `anomaly`: outliers told from normal images of the evaluated split, by the detector beside the model or
+    one fitted to the training split, by each of its parts, and by detectors without an autoencoder; and the rows of a
+    figure. Raises ValueError."""
+    images, is_normal = labelled_images(data, pixels)
+    train = normal_images(data, data.request.train_split)
+    if file_beside(data.request.model, FILE) is not None:
+        detector = AnomalyDetector.from_pretrained(data.request.model)
+        detector.model.to(model.device)
+    else:
+        detector = AnomalyDetector(model, processor=data.processor).fit(train)
+    scores = detector.score_samples(images)
+    flagged = scores < detector.offset_
+    found: dict[str, Any] = {
+        "images": len(images), "outliers": data.request.outliers or f"not {data.request.normal_class}",
+        "flagged_normal": float(flagged[is_normal].mean()), "flagged_outliers": float(flagged[~is_normal].mean()),
+        "score": "+".join(detector.parts), "detectors": {"this model": detection_metrics(scores, is_normal)},
+    }  # fmt: skip
+    for part in (name for name in PARTS if name != "bound" or model.can_sample):
+        alone = AnomalyDetector(model, processor=data.processor, score=part).fit(train)
+        found["detectors"][f"this model, {part}"] = detection_metrics(alone.score_samples(images), is_normal)
+    for name, values in rivals(train.float() / 255, images.float() / 255):
+        found["detectors"][name] = detection_metrics(values, is_normal)
+    return found, unusual(detector, images[torch.from_numpy(scores).argsort()[:12]])
+
+
+def labelled_images(data: Data, pixels: Tensor) -> tuple[Tensor, Array]:
+    """(uint8 images, which of them are normal) of the evaluated split and of what the request calls outliers."""
+    request = data.request
+    if request.outliers is not None:
+        others = open_dataset(request.outliers)
+        rows = pick_split(others, evaluation_split(others, None))
+        column = find_image_column(rows, None)
+        odd = ImagesInMemory.load(rows, column, data.processor, limit=len(pixels), progress=True).pixels
+        return torch.cat([pixels, odd]), np.arange(len(pixels) + len(odd)) < len(pixels)
+    return pixels, is_normal_class(data, data.split)[: len(pixels)]
+
+
+def normal_images(data: Data, split: str) -> Tensor:
+    """The uint8 images of a split that are normal."""
+    pixels = data.pixels(split)
+    return pixels if data.request.outliers is not None else pixels[torch.from_numpy(is_normal_class(data, split))]
+
+
+def is_normal_class(data: Data, split: str) -> Array:
+    """Which rows of a split are of the request's normal class. Raises ValueError."""
+    column, wanted = data.request.label_column or "label", str(data.request.normal_class)
+    labels, names = read_labels(data.splits, split, column)
+    require(wanted in names, f"There is no class {wanted!r}: write --normal_class with one of {', '.join(names)}.")
+    return (labels == names.index(wanted)).numpy()
+
+
+def unusual(detector: AnomalyDetector, pixels: Tensor) -> dict[str, Tensor]:
     """uint8 images beside what the model makes of them, and where it errs: brighter is farther off."""
     images = pixels.float() / 255
     rebuilt = reconstruct(detector.model, images)
     maps = torch.from_numpy(detector.anomaly_map(pixels)).sqrt()[:, None]
-    rows = {"most unusual": images, "reconstruction": rebuilt, "difference": maps / maps.max().clamp(min=1e-6)}
-    labelled_rows(rows, path)
+    return {"most unusual": images, "reconstruction": rebuilt, "difference": maps / maps.max().clamp(min=1e-6)}

@@ -12,7 +12,7 @@ import torch
 
 from ..hub.files import read_json
 
-COUNTED = ("likelihood", "compression", "generation")
+COUNTED = ("likelihood", "compression", "generation", "representation", "anomaly", "disentanglement", "repair")
 """Tasks that say themselves on how many images they were measured; the others share one number."""
 TASKS = ("reconstruction", *COUNTED)
 DATA = ("dataset", "split", "binarized")

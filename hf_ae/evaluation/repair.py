@@ -15,15 +15,18 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..errors import UserError
+from ..errors import UserError, require
 from ..latents import reconstruct
 from ..metrics import reconstruction_metrics
 from ..models.corruptions import corrupt
+from .request import Data
 
 Array = NDArray[Any]
 Method = Callable[[Array, Array], Array]
 """A damaged image (height, width, channels) in 0…1 and which of its pixels are lost (height, width) -> the image."""
 
+IMAGES = 2000
+"""Of them a repair is measured on the first."""
 TUNED_ON = 64
 """Damaged training images on which the settings of a method without learning are chosen."""
 
@@ -66,6 +69,18 @@ class Damage:
         if self.kind not in ("masking", "patches"):
             return torch.zeros(len(images), *images.shape[-2:], dtype=torch.bool)
         return (self(torch.ones_like(images), seed) == 0)[:, 0]
+
+
+def repair(model: Any, data: Data, pixels: Tensor) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The task `repair`: `measure_repair` of the first images, and the rows of its figure."""
+    request = data.request
+    damage = Damage.of(model) if request.corrupt is None else Damage.read(request.corrupt)
+    good = damage.kind != "grayscale" or model.config.num_channels == 3
+    require(good, f"--corrupt {damage} needs a model of colour images.")
+    there = request.train_split in data.splits
+    train = data.pixels(request.train_split, TUNED_ON) if there else pixels[:TUNED_ON]
+    found, rows = measure_repair(model, pixels[:IMAGES].float() / 255, train.float() / 255, damage)
+    return found, {name: images[:12] for name, images in rows.items()}
 
 
 def measure_repair(model: Any, images: Tensor, train: Tensor, damage: Damage) -> tuple[dict[str, Any], dict[str, Any]]:
