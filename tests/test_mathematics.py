@@ -166,6 +166,12 @@ def test_corruption_statistics():
     assert (whole.sum((1, 2, 3)) == 0.75 * 96 * 96).all()  # as many in each image
     for level in (0.0, 1.0):  # at least one patch, and never all
         assert 0 < (corrupt(torch.ones(1, 1, 28, 28), "patches", level) == 0).sum() < 28 * 28
+    bright = corrupt(x * 0.5, "brightness", 0.5, generator=g) / (x * 0.5)
+    factors = bright[:, :, 0, 0].log()
+    torch.testing.assert_close(bright.log(), factors[..., None, None].expand_as(x), atol=1e-4, rtol=0)
+    assert factors.abs().max() <= 0.5 and factors.std() > 0.1 and torch.equal(factors[:, 0] > 0, factors[:, 2] > 0)
+    dark = corrupt(x * 2 - 1, "brightness", 0.5, low=-1.0, high=1.0, generator=g)
+    assert dark.min() >= -1 and dark.max() <= 1
     small = corrupt(x, "low_resolution", 4)
     torch.testing.assert_close(small[0, 0, :4, :4], x[0, 0, :4, :4].mean().expand(4, 4))
     assert corrupt(torch.rand(1, 1, 30, 31), "low_resolution", 4).shape == (1, 1, 30, 31)

@@ -72,7 +72,7 @@ def probes(train: Array, train_labels: Array, test: Array, test_labels: Array) -
     votes = np.array([np.bincount(row).argmax() for row in train_labels[near]])
     draws = [few_rows(train_labels, seed) for seed in range(DRAWS)]
     few = [fitted(x[rows], train_labels[rows], STRENGTHS[1]).score(y, test_labels) for rows in draws]
-    spread = list(spread_labels(x, train_labels, y, test_labels, draws))
+    spread = list(spread_labels(train, train_labels, test, test_labels, draws))
     return {
         "linear_probe": accuracy, "linear_probe_interval": wilson(accuracy, len(test)),
         "neighbors": float((votes == test_labels).mean()),
@@ -211,18 +211,20 @@ def best_f1(latents: Array, labels: Array) -> Array:
 
 
 def units_needed(latents: Array, labels: Array, areas: Array) -> float:
-    """See `units`: found by doubling the number of units, on the odd rows, from probes fitted to the even ones."""
+    """See `units`: found by doubling the number of units, on half of the rows, from probes fitted to the others."""
     from sklearn.metrics import roc_auc_score
+    from sklearn.model_selection import train_test_split
 
     x, _ = standardized(latents, latents)
+    fit, held = train_test_split(np.arange(len(x)), test_size=0.5, random_state=0, stratify=labels)
     needed = []
     for column, label in enumerate(np.unique(labels)):
         order, inside = np.argsort(-areas[:, column]), labels == label
 
         def area(count: int, order: Array = order, inside: Array = inside) -> float:
             chosen = x[:, order[:count]]
-            probe = fitted(chosen[::2], inside[::2], 0.1)
-            return float(roc_auc_score(inside[1::2], probe.decision_function(chosen[1::2])))
+            probe = fitted(chosen[fit], inside[fit], 0.1)
+            return float(roc_auc_score(inside[held], probe.decision_function(chosen[held])))
 
         counts = [2**i for i in range(20) if 2**i < latents.shape[1]]
         enough = 0.99 * area(latents.shape[1])

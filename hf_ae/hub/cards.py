@@ -11,7 +11,8 @@ from huggingface_hub import ModelCardData
 from safetensors.torch import load_file
 
 from .card_parts import body_of, front_matter, merged_front, read_card, with_section
-from .eval_results import METRIC_NAMES, hub_id, model_index, write_eval_results
+from .card_results import markdown_table, printed_by, results, rivals
+from .eval_results import hub_id, model_index, write_eval_results
 from .files import read_json
 from .pipeline_folder import components
 
@@ -27,11 +28,13 @@ FIGURES = {
     "samples.png": "Generated images",
     "samples-of-captions.png": "Images drawn from captions of the dataset",
     "rate_distortion.png": "Kodak's photos: quality against the size of the file",
+    "traversals.png": "What each latent changes, those that vary most first",
+    "repair.png": "Damaged images, the best repair without learning, and this model's",
+    "outliers.png": "The most unusual images of the test, what the model makes of them, and where it errs",
     "roundtrip.jpg": "An image through a file and back, beside other formats at that size",
     "latent_plane.png": "The latent plane: latents of held-out images, and what the decoder draws all over it",
 }
 """File -> caption."""
-GENERATION = {"fid": "FID", "kid": "KID × 1000"} | {n: n for n in ("precision", "recall", "density", "coverage")}
 MADE_WITH = "Made with hf_ae: every autoencoder as a Hugging Face model."
 UNPOOLING = """The decoder also gets the positions of the maxima that the encoder's pooling kept (`pool_positions`): a
 reconstruction uses more than the latents alone, so its error is not comparable with models that decode the latents
@@ -77,17 +80,6 @@ def write_card(folder: str | Path) -> Path:
 def figures(folder: Path, captions: dict[str, str]) -> list[str]:
     """The figures that are there."""
     return [f"![{text}]({name})" for name, text in captions.items() if (folder / name).is_file()]
-
-
-def markdown_table(head: list[str], rows: list[list[str]]) -> str:
-    """A table; its first column is aligned to the left, the others to the right."""
-    lines = ["| " + " | ".join(row) + " |" for row in (head, *rows)]
-    lines[0] = lines[0].replace("  |", " |")
-    return "\n".join([lines[0], "| --- |" + " ---: |" * (len(head) - 1), *lines[1:]])
-
-
-def printed_by(command: str) -> str:
-    return f"Printed by\n\n```\n{command}\n```"
 
 
 # A model
@@ -175,85 +167,6 @@ On the command line:
 hf-ae compress image.png -o image.hfae --model {name}
 hf-ae decompress image.hfae -o image.png --model {name}
 ```"""
-
-
-def rivals(metrics: dict[str, Any]) -> list[str]:
-    """Tables of what benchmarks/rate_distortion.py measured against other formats, [] where it did not."""
-    formats, parts = ("JPEG", "WebP", "AVIF"), []
-    if kodak := metrics.get("kodak"):
-        keys = {"PSNR": "psnr_{}", "PSNR, headers stripped": "psnr_{}_stripped", "MS-SSIM": "ms_ssim_{}"}
-        rows = [[n, *(f"{kodak[f'bd_rate_{key.format(f)}']:+.1f} %" for f in formats)] for n, key in keys.items()]
-        table = markdown_table(["bytes at equal", *(f"against {f}" for f in formats)], rows)
-        title = f"{kodak['pictures']} Kodak photos, 0.1 to 1.0 bits per pixel (BD-rate, whole files):"
-        parts.append(f"{title}\n\n{table}")
-    for data in ("fashion", "emoji"):
-        rows = []
-        for row in metrics.get(data, {}).values():
-            sizes = [f"{row[key]:.0f}" for key in ("bytes", *(f"bytes_{f}" for f in formats))]
-            fractions = [f"{row[key]:.1%}" for key in ("share_of_best", "share_of_best_stripped")]
-            rows.append([f"{row['quality']:g}", f"{row['psnr']:.1f}", *sizes, *fractions])
-        if rows:
-            head = ["quality", "PSNR (dB)", "bytes", *formats, "of the best", "of the best, headers stripped"]
-            parts.append(f"Bytes of a file at the same PSNR, image by image, means:\n\n{markdown_table(head, rows)}")
-    if speed := metrics.get("speed"):
-        low, high = speed["entropy_coding_overhead"]
-        times = f"encoded in {speed['encode_s']:.2f} s and decoded in {speed['decode_s']:.2f} s"
-        weights = f"{speed['decoder_values']:,} of the {speed['all_values']:,} weights"
-        parts.append(
-            f"A {speed['picture']} photo is {times} with {speed['threads']} threads. Its symbols take {low:+.2%} to "
-            f"{high:+.2%} more bits than the model estimates. Decoding takes {weights}."
-        )
-    printed = "Printed by `benchmarks/rate_distortion.py` of the source repository."
-    return ["## Against other formats", *parts, printed] if parts else []
-
-
-def results(metrics: dict[str, Any]) -> str:
-    """Tables of what metrics.json holds."""
-    names = {
-        "reconstruction": "this model",
-        "pca": f"PCA, {metrics['code_size']} components",
-        "denoising_input": "damaged image, as it is",
-        "denoising": "this model, from the damaged image",
-    }
-    columns = list(metrics.get("reconstruction", {}))
-    rows = [[title, *(f"{metrics[key][c]:.4g}" for c in columns)] for key, title in names.items() if key in metrics]
-    parts = [f"On {metrics['images']:,} images of split `{metrics['split']}` of `{metrics['dataset']}`:"]
-    parts += [markdown_table(["", *(METRIC_NAMES[c] for c in columns)], rows)] if rows else []
-    if bound := metrics.get("likelihood"):
-        lower = f"evidence lower bound {bound['elbo']:.2f} nats"
-        higher = f"importance-weighted bound {bound['log_likelihood_bound']:.2f} nats"
-        count = f"({bound['samples']:,} samples, {bound['images']:,} images)"
-        parts.append(f"Log-likelihood under {bound['model']}: {lower}, {higher} {count}.")
-    for name, level in metrics.get("codes", {}).items():
-        use = f"{level['usage']:.1%} of the codewords in use, perplexity {level['perplexity']:.1f}"
-        parts.append(f"Codes, {name.replace('_', ' ')}: {level['codes']} an image, {use}.")
-    if files := metrics.get("compression"):
-        head = ["quality", "bytes", "bits per pixel", "PSNR (dB)"]
-        measured = files["qualities"].items()
-        sizes = [[q, f"{v['bytes']:,.0f}", f"{v['bpp']:.3f}", f"{v['psnr']:.2f}"] for q, v in measured]
-        title = f"Whole files of {files['images']:,} images at their own size, means:"
-        parts += [title, markdown_table(head, sizes)]
-    if rows or "likelihood" in metrics or "compression" in metrics:
-        parts.append(printed_by(metrics["command"]))
-    parts += generation(metrics["generation"]) if "generation" in metrics else []
-    return "\n\n".join(["## Results", *parts])
-
-
-def generation(found: dict[str, Any]) -> list[str]:
-    """Generated images beside real ones of the training split, in the same features."""
-    network = "the feature network of hf_ae" if found["features"] == "hf_ae" else f"`{found['features']}`"
-    source = f"Generated images ({found['images']:,}, sampled from: {found['sampler']}), in features of {network}"
-    title = f"{source}; figures in other features, such as Inception's, cannot be compared:"
-    sides = {"generated": found} | ({"real, of the training split": found["floor"]} if "floor" in found else {})
-    rows = [[name, *(f"{values[key]:.3g}" for key in GENERATION)] for name, values in sides.items()]
-    text = f"{found['seconds_per_image'] * 1000:.3g} ms an image."
-    if "asked_class" in found and "floor" in found:
-        right, real = found["classification_accuracy"], found["floor"]["asked_class"]
-        text += (
-            f" A classifier trained on generated images alone gets {right:.1%} of the real ones right, one trained on "
-            f"real ones {real:.1%}; that one gives {found['asked_class']:.1%} of the generated ones the asked class."
-        )
-    return [title, markdown_table(["", *GENERATION.values()], rows), text, printed_by(found["command"])]
 
 
 # A pipeline

@@ -40,10 +40,11 @@ class DenoisingAutoencoderConfig(SparseAutoencoderConfig):
     `pixel_range=[-1, 1]`): it starts by giving back what the latents keep of the damaged image, and learns the
     repair."""
     corruption: str = "gaussian"
-    """`gaussian`, `masking`, `salt_pepper`, `patches`, `low_resolution` or `grayscale`."""
+    """`gaussian`, `masking`, `salt_pepper`, `patches`, `brightness`, `low_resolution` or `grayscale`."""
     corruption_level: float = 0.3
     """gaussian: standard deviation, in units of the pixel range's width. masking and salt_pepper: fraction of the
-    pixels hit. patches: fraction of the squares. low_resolution: whole factor, at least 2. grayscale: unused."""
+    pixels hit. patches: fraction of the squares. brightness: greatest logarithm of the factor. low_resolution: whole
+    factor, at least 2. grayscale: unused."""
     corruption_patch_size: int = 4
     """Height and width of the squares that `patches` hides, in pixels."""
     sparsity: str = "none"
@@ -52,7 +53,7 @@ class DenoisingAutoencoderConfig(SparseAutoencoderConfig):
     choices = {
         **SparseAutoencoderConfig.choices,
         "network": (*AutoencoderConfig.choices["network"], "transform"),
-        "corruption": ("gaussian", "masking", "salt_pepper", "patches", "low_resolution", "grayscale"),
+        "corruption": ("gaussian", "masking", "salt_pepper", "patches", "brightness", "low_resolution", "grayscale"),
     }
 
     def check(self) -> None:

@@ -19,8 +19,9 @@ def corrupt(
     gaussian: add noise of standard deviation level·(high − low), and limit to the range. masking: a fraction `level`
     of the pixels becomes `low`. salt_pepper: a fraction `level` becomes `low` or `high`, half each. patches: a
     fraction `level` of the squares of `patch_size` pixels becomes `low`, at least one and never all (He et al. 2022).
-    low_resolution: average over level×level pixels, enlarged again. grayscale: luma in all three channels. A masked
-    pixel is hit in every channel. Raises ValueError for another kind.
+    brightness: what an image is above `low` is multiplied by exp(u), with one u in ±level for each image, limited to
+    the range. low_resolution: average over level×level pixels, enlarged again. grayscale: luma in all three channels.
+    A masked pixel is hit in every channel. Raises ValueError for another kind.
     """
     if kind == "gaussian":
         noise = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
@@ -31,13 +32,17 @@ def corrupt(
         return x if kind == "masking" else x.masked_fill(uniform < level / 2, high)
     if kind == "patches":
         return x.masked_fill(hidden_patches(x, level, patch_size, generator), low)
+    if kind == "brightness":
+        uniform = torch.rand(len(x), 1, 1, 1, generator=generator, device=x.device)
+        factor = torch.exp(level * (2 * uniform - 1)).to(x.dtype)
+        return (low + (x - low) * factor).clamp(low, high)
     if kind == "low_resolution":
         small = F.avg_pool2d(x, int(level), ceil_mode=True, count_include_pad=False)
         return F.interpolate(small, scale_factor=float(level), mode="nearest")[..., : x.shape[-2], : x.shape[-1]]
     if kind == "grayscale":
         weights = torch.tensor(LUMA, dtype=x.dtype, device=x.device).view(1, 3, 1, 1)
         return (x * weights).sum(1, keepdim=True).expand_as(x)
-    known = "gaussian, masking, salt_pepper, patches, low_resolution or grayscale"
+    known = "gaussian, masking, salt_pepper, patches, brightness, low_resolution or grayscale"
     raise ValueError(f"corruption {kind!r} is not known: write {known}.")
 
 
