@@ -145,6 +145,21 @@ def test_unpooling_puts_each_maximum_back_where_it_was():
     torch.testing.assert_close(up(pooled, positions), up.activation(up.conv(restored)))
 
 
+def test_only_the_greatest_latents_stay():
+    model, plain = make("sparse-topk").eval(), make("sparse-topk").eval()
+    plain.load_state_dict(model.state_dict())
+    plain.config.k = None
+    x = pixels(model)
+    kept, all_of_them = model.encode(x).latents, plain.encode(x).latents
+    assert ((kept != 0).sum(1) == 5).all()
+    least = all_of_them.topk(5).values[:, -1:]
+    assert torch.equal(kept, torch.where(all_of_them >= least, all_of_them, 0))
+    with pytest.raises(ValueError, match="k belongs to sparsity='topk'"):
+        hf_ae.SparseAutoencoderConfig(sparsity="topk")
+    with pytest.raises(ValueError, match="k=99 must lie between 1 and the 40 latents"):
+        hf_ae.SparseAutoencoderConfig(sparsity="topk", k=99, latent_dim=40)
+
+
 def test_corruption_statistics():
     x = torch.rand(8, 3, 100, 100) * 0.4 + 0.3
     g = torch.Generator().manual_seed(0)

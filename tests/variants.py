@@ -18,6 +18,7 @@ VARIANTS = {
     "autoencoder-resnet": ("hf_ae_autoencoder", dict(RESNET, latent_channels=3)),
     "autoencoder-patches": ("hf_ae_autoencoder", dict(RESNET, patch_size=4, latent_dim=3)),
     "sparse-l1": ("hf_ae_sparse", dict(hidden_sizes=[16], latent_dim=40, latent_activation="relu")),
+    "sparse-topk": ("hf_ae_sparse", dict(hidden_sizes=[16], latent_dim=40, sparsity="topk", k=5)),
     "sparse-kl": ("hf_ae_sparse", dict(CONV, latent_channels=3, sparsity="kl", latent_activation="sigmoid")),
     "denoising": (
         "hf_ae_denoising",

@@ -30,12 +30,17 @@ def detection_metrics(scores: Array, normal: Array) -> dict[str, float]:
     is only one kind."""
     from sklearn.metrics import average_precision_score, roc_auc_score
 
+    check_both_kinds(normal)
     outlier = ~np.asarray(normal, dtype=bool)
-    both = outlier.any() and not outlier.all()
-    require(both, "Outliers can only be told from normal images where both are there: this split has only one kind.")
     return {
         "auroc": float(roc_auc_score(outlier, -scores)), "aupr": float(average_precision_score(outlier, -scores))
     }  # fmt: skip
+
+
+def check_both_kinds(normal: Array) -> None:
+    """Raise ValueError where there are only normal images, or only outliers."""
+    both = np.any(normal) and not np.all(normal)
+    require(both, "Outliers can only be told from normal images where both are there: this split has only one kind.")
 
 
 def rivals(train: Tensor, test: Tensor, seed: int = 0) -> Iterator[tuple[str, Array]]:
@@ -132,6 +137,7 @@ def anomaly(model: Any, data: Data, pixels: Tensor) -> tuple[dict[str, Any], dic
     one fitted to the training split, by each of its parts, and by detectors without an autoencoder; and the rows of a
     figure. Raises ValueError."""
     images, is_normal = labelled_images(data, pixels)
+    check_both_kinds(is_normal)
     train = normal_images(data, data.request.train_split)
     if file_beside(data.request.model, FILE) is not None:
         detector = AnomalyDetector.from_pretrained(data.request.model)

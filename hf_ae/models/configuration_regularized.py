@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from .configuration_autoencoder import AutoencoderConfig, require
 
 
@@ -12,13 +14,15 @@ class SparseAutoencoderConfig(AutoencoderConfig):
 
     sparsity: str = "l1"
     """`l1` (sum of absolute latents), `kl` (mean activation against `sparsity_target`: needs
-    `latent_activation="sigmoid"`) or `none`."""
+    `latent_activation="sigmoid"`), `topk` (only the `k` greatest latents of an image stay) or `none`."""
     sparsity_weight: float = 0.1
     """λ: the weight of the penalty."""
     sparsity_target: float = 0.05
     """ρ: the wanted mean activation of a unit, for `kl`."""
+    k: int | None = None
+    """How many latents of an image may differ from zero, for `topk`."""
 
-    choices = {**AutoencoderConfig.choices, "sparsity": ("l1", "kl", "none")}
+    choices = {**AutoencoderConfig.choices, "sparsity": ("l1", "kl", "topk", "none")}
 
     def check(self) -> None:
         super().check()
@@ -28,6 +32,9 @@ class SparseAutoencoderConfig(AutoencoderConfig):
         )
         require(0 < self.sparsity_target < 1, f"sparsity_target={self.sparsity_target} must lie between 0 and 1.")
         require(self.sparsity_weight >= 0, f"sparsity_weight={self.sparsity_weight} must not be negative.")
+        size, given = math.prod(self.latent_shape), self.k is not None
+        require(given == (self.sparsity == "topk"), "k belongs to sparsity='topk', which needs it: write both.")
+        require(self.k is None or 1 <= self.k <= size, f"k={self.k} must lie between 1 and the {size} latents.")
 
 
 class DenoisingAutoencoderConfig(SparseAutoencoderConfig):

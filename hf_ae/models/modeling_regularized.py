@@ -22,7 +22,8 @@ class SparseAutoencoderModel(AutoencoderModel):
 
     Adds λ·Σ|latents| (`sparsity="l1"`), or λ·Σ_j KL(ρ̂_j ‖ ρ) with ρ̂_j the mean activation of unit j over the batch
     (`sparsity="kl"`; over batch and positions for spatial latents), after Ng's lecture notes CS294A, 2011, where the
-    two sides of the divergence are swapped.
+    two sides of the divergence are swapped. With `sparsity="topk"` all latents but the k greatest of an image are zero
+    (Makhzani and Frey 2014).
     """
 
     config: SparseAutoencoderConfig
@@ -30,11 +31,19 @@ class SparseAutoencoderModel(AutoencoderModel):
 
     @property
     def is_regularized(self) -> bool:
-        return self.config.sparsity != "none" and self.config.sparsity_weight > 0
+        return self.config.sparsity == "topk" or (self.config.sparsity != "none" and self.config.sparsity_weight > 0)
+
+    def bottleneck(self, encoder_output: Tensor) -> EncoderOutput:
+        encoded = super().bottleneck(encoder_output)
+        if self.config.k is not None:
+            flat = encoded.latents.flatten(1)
+            kept = torch.zeros_like(flat).scatter(1, flat.topk(self.config.k).indices, 1)
+            encoded.latents = (flat * kept).view_as(encoded.latents)
+        return encoded
 
     def penalties(self, pixel_values: Tensor, encoded: EncoderOutput) -> dict[str, Tensor]:
         latents, weight = encoded.latents.float(), self.config.sparsity_weight
-        if self.config.sparsity == "none":
+        if self.config.sparsity in ("none", "topk"):
             return {}
         if self.config.sparsity == "l1":
             return {"sparsity": weight * latents.abs().sum() / len(latents)}
