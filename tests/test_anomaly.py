@@ -18,8 +18,10 @@ from variants import make
 import hf_ae
 from hf_ae.anomaly import FILE, PARTS
 from hf_ae.evaluation.anomaly import detection_metrics, rivals
+from hf_ae.evaluation.evaluate import evaluate
 from hf_ae.hub.push import check_folder
 from hf_ae.latents.sampling import Sampler, fit, prior
+from hf_ae.loading import image_processor_for
 
 MODEL = ROOT / "model_cards" / "fashion-vae"
 
@@ -252,3 +254,21 @@ def test_the_command_line_fits_saves_scores_and_draws(tmp_path, capsys, splits):
     fails(capsys, [*words, "--refit", "--score", "typicality"], "score='typicality' is not known")
     fails(capsys, [*words[:-1], tmp_path / "scores.txt"], "must end in .parquet, .csv or .json")
     fails(capsys, [*words, "--refit", "--train_split", "dev"], "no split 'dev'")
+
+
+def test_evaluate_tells_another_dataset_from_the_normal_images(tmp_path):
+    model = hf_ae.AutoencoderModel(hf_ae.AutoencoderConfig(hidden_sizes=[32], latent_dim=8))
+    model.save_pretrained(tmp_path / "model")
+    image_processor_for(model).save_pretrained(tmp_path / "model")
+    noise = np.random.default_rng(0).integers(0, 255, (60, 28, 28), dtype=np.uint8)
+    rows = datasets.Dataset.from_dict({"image": [Image.fromarray(x) for x in noise]})
+    (tmp_path / "noise").mkdir()
+    rows.to_parquet(tmp_path / "noise" / "test-00000-of-00001.parquet")
+    how = dict(tasks="anomaly", max_images=60)
+    found = evaluate(tmp_path / "model", str(SAMPLE), outliers=str(tmp_path / "noise"), **how)["anomaly"]
+    assert found["images"] == 120 and found["detectors"]["PCA, error"]["auroc"] > 0.99
+    assert {"this model", "PCA, error", "isolation forest"} <= set(found["detectors"])
+    found = evaluate(tmp_path / "model", str(SAMPLE), normal_class="Bag", replace=True, tasks="anomaly")["anomaly"]
+    assert found["outliers"] == "not Bag" and found["images"] == 500
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert "Outliers (not Bag)" in card and "![The most unusual" in card and "--normal_class Bag" in card

@@ -16,6 +16,8 @@ from variants import make
 import hf_ae
 from hf_ae import disentanglement
 from hf_ae.data.sprites import LARGEST, SHAPES, SIDE, sprites, stamp
+from hf_ae.evaluation.evaluate import evaluate
+from hf_ae.loading import image_processor_for
 from hf_ae.models.discriminators import LatentDiscriminator, discriminator_loss, permuted
 
 SIZES = (3, 6, 5)
@@ -246,3 +248,23 @@ def test_the_command_line_generates_what_load_dataset_reads(tmp_path, monkeypatc
     read = datasets.load_dataset(str(tmp_path / "sprites"), split="train", cache_dir=tmp_path / "cache")
     assert read.features == small.features and read["x"] == small["x"]
     fails(capsys, ["sprites", "-o", tmp_path / "sprites"], "is there already")
+
+
+def test_evaluate_scores_the_factors_of_a_dataset_and_draws_traversals(tmp_path, capsys):
+    rows = sprites(scales=3, orientations=4, positions=5)
+    (tmp_path / "data").mkdir()
+    rows.to_parquet(tmp_path / "data" / "train-00000-of-00001.parquet")
+    torch.manual_seed(0)
+    config = dict(image_size=32, network="conv", hidden_sizes=[4, 8], latent_dim=3)
+    model = hf_ae.BetaVAEModel(hf_ae.BetaVAEConfig(**config))
+    model.save_pretrained(tmp_path / "model")
+    image_processor_for(model).save_pretrained(tmp_path / "model")
+    how = dict(tasks="disentanglement", factor_columns="shape,x,y", max_images=600)
+    found = evaluate(tmp_path / "model", str(tmp_path / "data"), **how)["disentanglement"]
+    assert found["factors"] == ["shape", "x", "y"] and found["images"] == 600
+    assert all(0 <= found[name] <= 1 for name in ("mig", "sap", "disentanglement", "factor_vae_score"))
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert "MIG" in card and "![What each latent changes" in card
+    assert (tmp_path / "model" / "traversals.png").stat().st_size > 1000
+    command = ["evaluate", tmp_path / "model", "--dataset_name", tmp_path / "data", "--tasks", "disentanglement"]
+    fails(capsys, [*command, "--factor_columns", "x,colour"], "no column 'colour'")

@@ -3,9 +3,14 @@
 import numpy as np
 import pytest
 import torch
+from command_line import fails
+from conftest import SAMPLE
 from variants import make, smooth_image
 
+import hf_ae
+from hf_ae.evaluation.evaluate import evaluate, summary
 from hf_ae.evaluation.repair import Damage, enlarge, has_opencv, measure_repair, without_learning
+from hf_ae.loading import image_processor_for
 from hf_ae.metrics import reconstruction_metrics
 
 
@@ -64,3 +69,19 @@ def test_figures_of_a_repair_are_those_of_its_images():
 def test_a_damage_that_cannot_be_done_has_one_line(text):
     with pytest.raises(ValueError, match=r"--corrupt .* cannot be done: write a kind and a level, as gaussian:0\.5"):
         Damage.read(text)
+
+
+def test_evaluate_repairs_with_any_model_and_any_damage(tmp_path, capsys):
+    model = hf_ae.AutoencoderModel(hf_ae.AutoencoderConfig(hidden_sizes=[32], latent_dim=8))
+    model.save_pretrained(tmp_path)
+    image_processor_for(model).save_pretrained(tmp_path)
+    found = evaluate(tmp_path, str(SAMPLE), tasks="repair", corrupt="salt_pepper:0.1", max_images=20)["repair"]
+    assert found["damage"] == "salt_pepper:0.1" and found["images"] == 20
+    assert found["without_learning"]["median"]["psnr"] > found["damaged"]["psnr"]
+    card = (tmp_path / "README.md").read_text()
+    assert "damage `salt_pepper:0.1`" in card and "![Damaged images" in card and "--corrupt salt_pepper:0.1" in card
+    assert (tmp_path / "repair.png").stat().st_size > 1000
+    assert "restored" in summary({"repair": found})
+    command = ["evaluate", tmp_path, "--dataset_name", SAMPLE, "--tasks", "repair"]
+    fails(capsys, command, "--corrupt gaussian:0.5")
+    fails(capsys, [*command, "--corrupt", "grayscale"], "needs a model of colour images")
