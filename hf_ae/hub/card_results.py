@@ -69,7 +69,8 @@ def results(metrics: dict[str, Any]) -> str:
         parts.append(f"Log-likelihood under {bound['model']}: {lower}, {higher} {count}.")
     for name, level in metrics.get("codes", {}).items():
         use = f"{level['usage']:.1%} of the codewords in use, perplexity {level['perplexity']:.1f}"
-        parts.append(f"Codes, {name.replace('_', ' ')}: {level['codes']} an image, {use}.")
+        size = f"{level['codes']} an image" + (f" ({level['bits']:.0f} bits)" if "bits" in level else "")
+        parts.append(f"Codes, {name.replace('_', ' ')}: {size}, {use}.")
     if files := metrics.get("compression"):
         head = ["quality", "bytes", "bits per pixel", "PSNR (dB)"]
         measured = files["qualities"].items()

@@ -31,7 +31,7 @@ FAMILIES = {
 }
 """Models that were measured on the same test images."""
 COLUMNS: dict[str, Callable[[dict], str]] = {
-    "numbers in the code": lambda m: f"{m['code_size']:,}",
+    "bits of the code": lambda m: bits(m),
     "PSNR, dB": lambda m: f"{m['reconstruction']['psnr']:.2f}",
     "SSIM": lambda m: f"{m['reconstruction']['ssim']:.3f}",
     "PCA, as many numbers: PSNR": lambda m: f"{m['pca']['psnr']:.2f}",
@@ -47,6 +47,14 @@ def measured(name: str) -> dict | None:
     """The metrics.json of a model; None where there is none."""
     path = file_of(name, "metrics.json")
     return json.loads(path.read_text()) if path else None
+
+
+def bits(metrics: dict) -> str:
+    """What a code takes as it is, before any compression: indices of a codebook, or floats of 32 bits each."""
+    if levels := metrics.get("codes"):
+        count = sum(level["codes"] for level in levels.values())
+        return f"{sum(level['bits'] for level in levels.values()):,.0f} ({count:,} indices)"
+    return f"{32 * metrics['code_size']:,} ({metrics['code_size']:,} floats)"
 
 
 def cell(read: Callable[[dict], str], metrics: dict) -> str:
