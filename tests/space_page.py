@@ -7,7 +7,7 @@ import pytest
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="the browser tests need pip install playwright")
 
-TABS = ("Prompt to picture", "Round trip", "Latent space", "Repair", "Compare")
+TABS = ("Prompt to picture", "Round trip", "Latent space", "Repair", "Find the odd one", "Compare")
 SECONDS = 30_000
 
 

@@ -216,3 +216,16 @@ def test_bad_input_is_one_line(capsys, tmp_path, rows):
         hf_ae.encode_dataset(make("vae-mlp"), rows.rename_column("label", "latents"), ["latents"])
     with pytest.raises(ValueError, match="empty"):
         hf_ae.encode_dataset(make("vae-mlp"), rows.select([]))
+
+
+def test_the_nearest_images_by_code_are_found_by_the_index_of_datasets():
+    pytest.importorskip("faiss")
+    model = make("autoencoder-mlp").eval()
+    rows = datasets.load_dataset(str(SAMPLE), split="test").select(range(60))
+    codes = hf_ae.encode_dataset(model, rows, ["label"]).with_format("numpy")
+    codes.add_faiss_index("latents")
+    latents = np.stack(codes["latents"]).astype(np.float64)
+    for row in (0, 17):
+        _, near = codes.get_nearest_examples("latents", latents[row].astype(np.float32), k=5)
+        expected = np.square(latents - latents[row]).sum(1).argsort()[:5]
+        assert np.allclose(np.stack(near["latents"]), latents[expected])

@@ -36,7 +36,7 @@ FLAGS = [
     "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
     "--disable-component-update", "--disable-sync",
 ]  # fmt: skip
-SECTIONS = ("Walk", "Arithmetic", "Turn the numbers", "The plane", "Random codes", "A learned prior")
+SECTIONS = ("Walk", "Arithmetic", "Turn the numbers", "The plane", "A map", "Random codes", "A learned prior")
 SHOWN = {
     "Prompt to picture": "pictures", "Round trip": "trip-slider", "Walk": "frames", "Arithmetic": "sum",
     "Turn the numbers": "turned", "The plane": "plane-digit", "Random codes": "dice-1",
@@ -338,6 +338,27 @@ def test_damage_is_undone(page):
     page.locator("#damage").get_by_label("Noise").click()
     page.locator("#repair-picker").get_by_label("bag").click()
     changes(page, "repaired", lambda: page.locator("#repair-picker").get_by_label("dress").click())
+
+
+def test_the_odd_one_is_found(page):
+    tab(page, "Find the odd one")
+    says(page, "odd-status", "outlier")
+    changes(page, "odd-shown", lambda: page.locator("#odd-picker").get_by_label("pullover").click())
+    says(page, "odd-status", "nothing odd")
+    says(page, "odd-found", "the digit")
+    changes(page, "twelve", lambda: set_number(page, "odd-seed", 5))
+    says(page, "odd-found", "the digit")
+
+
+def test_a_map_whose_decoder_runs_in_the_browser(page):
+    tab(page, "Latent space")
+    tab(page, "A map")
+    frame = page.frame_locator("#map-frame")
+    expect(frame.locator("#about")).to_contain_text("2,000 images by its two latents", timeout=SECONDS)
+    page.frames[-1].wait_for_function("session !== null", timeout=SECONDS)
+    frame.locator("#map").hover(position={"x": 200, "y": 200})
+    expect(frame.locator("#what")).to_contain_text("image", timeout=SECONDS)
+    page.frames[-1].wait_for_function("frames.length > 0", timeout=SECONDS)
 
 
 def test_the_measured_tables(page):

@@ -32,6 +32,8 @@ ACTIONS = {
     "random_digits": dict(seed=5, spread="as wide as each model's own codes"),
     "draw_class": dict(kind="bag", seed=2),
     "repair": dict(picture=EMOJI, damage="Mask", level=0.3, seed=1),
+    "look": dict(picture=EMOJI),
+    "find_odd_one": dict(seed=3),
     "compare": dict(family="MNIST"),
 }
 

@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import gradio as gr
 import tab_compare
 import tab_latent
+import tab_odd
 import tab_prompt
 import tab_repair
 import tab_round_trip
@@ -57,9 +58,12 @@ def build() -> gr.Blocks:
                 latent = tab_latent.build()
             with gr.Tab("Repair", id="repair"):
                 repair = tab_repair.build()
+            with gr.Tab("Find the odd one", id="odd"):
+                odd = tab_odd.build()
             with gr.Tab("Compare", id="compare"):
                 compare = tab_compare.build()
-        filled = [(trip, tab_round_trip.first), *latent, (repair, tab_repair.first), (compare, tab_compare.compare)]
+        filled = [(trip, tab_round_trip.first), *latent, (repair, tab_repair.first), (odd, tab_odd.first)]
+        filled.append((compare, tab_compare.compare))
         for outputs, fill in filled:
             drawn.then(remembered(fill), None, outputs, api_visibility="private", show_progress="hidden", queue=False)
     return demo

@@ -16,6 +16,8 @@ FAMILIES = {
         "fashion-sparse",
         "fashion-contractive",
         "fashion-denoising",
+        "fashion-features",
+        "fashion-ae-2d",
         "fashion-inpainting",
         "fashion-sharpening",
         "fashion-vae",

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import gradio as gr
+import latent_map
 import latent_plane
 import latent_prior
 from page import intro, show_many, show_one
@@ -333,6 +334,7 @@ SECTIONS = {
     "Arithmetic": (build_arithmetic, arithmetic_first),
     "Turn the numbers": (build_numbers, numbers_first),
     "The plane": (latent_plane.build, latent_plane.first),
+    "A map": (latent_map.build, latent_map.first),
     "Random codes": (build_random, random_digits),
     "A learned prior": (latent_prior.build, latent_prior.draw_class),
 }
