@@ -25,7 +25,7 @@ import torch
 
 from hf_ae import AnomalyDetector, train
 from hf_ae.anomaly import PARTS
-from hf_ae.data import ImagesInMemory, image_column, open_dataset, read_labels
+from hf_ae.data import open_dataset, read_labels, read_rows
 from hf_ae.evaluation.anomaly import detection_metrics, rivals
 
 OVERRIDES = "network=conv,hidden_sizes=[32,64],latent_dim=32"
@@ -113,8 +113,7 @@ def fit_and_score(
         detector = AnomalyDetector(place / "model", score=score, seed=seed).fit(normal)
         scores[score] = detector.score_samples(test_rows)
     if seed == 0:
-        column = image_column(normal)
-        pixels = (ImagesInMemory.load(rows, column, detector.processor).pixels for rows in (normal, test_rows))
+        pixels = (read_rows(rows, detector.processor) for rows in (normal, test_rows))
         scores |= dict(rivals(*(p.float() / 255 for p in pixels)))
 
 

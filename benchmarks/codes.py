@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from hf_ae import train
-from hf_ae.data import ImagesInMemory, image_column, open_dataset, read_labels
+from hf_ae.data import open_dataset, read_labels, read_rows
 from hf_ae.evaluation.representation import selectivity, units
 from hf_ae.latents import encode_images, reconstruct
 from hf_ae.loading import load_model
@@ -57,7 +57,7 @@ def main() -> None:
     print(f"| | {' | '.join(head)} |\n| --- |{' ---: |' * len(head)}")
     for name in args.models:
         model, processor = load_model(name)
-        images = ImagesInMemory.load(splits["test"], image_column(splits["test"]), processor).pixels.float() / 255
+        images = read_rows(splits["test"], processor).float() / 255
         latents = encode_images(model, images).flatten(1).numpy()
         figures = units(latents, labels)
         found[Path(name).name] = (latents, selectivity(latents, labels), figures)
@@ -110,7 +110,7 @@ def overcomplete(args: argparse.Namespace, splits: Any) -> None:
 def measured(model: Any, processor: Any, splits: Any) -> list[float]:
     """The figures of a row of that table, as fractions."""
     rows = splits["test"]
-    images = ImagesInMemory.load(rows, image_column(rows), processor, limit=2000).pixels.float() / 255
+    images = read_rows(rows, processor, limit=2000).float() / 255
     generator = torch.Generator().manual_seed(0)
     noise = torch.rand(images.shape, generator=generator)
     order = torch.rand(len(images), images[0].numel(), generator=generator).argsort(1)

@@ -21,7 +21,7 @@ import numpy as np
 import yaml
 
 from hf_ae import train
-from hf_ae.data import ImagesInMemory, open_dataset
+from hf_ae.data import open_dataset, read_rows
 from hf_ae.evaluation.disentanglement import all_scores
 from hf_ae.latents import encode_images
 from hf_ae.loading import load_model
@@ -79,7 +79,7 @@ def measured(folder: Path, title: str, seed: int, rows: Any, args: argparse.Name
     train.main([*command, "--resume_from_checkpoint", "latest"])
     model, processor = load_model(folder)
     unseen = rows.select(range(len(rows) - 10_000, len(rows)))
-    images = ImagesInMemory.load(unseen, "image", processor).pixels.float() / 255
+    images = read_rows(unseen, processor).float() / 255
     factors = np.stack([np.asarray(unseen[name]) for name in FACTORS], 1)
     scores = all_scores(encode_images(model, images).numpy(), factors, seed)
     (folder / "scores.json").write_text(json.dumps(scores))

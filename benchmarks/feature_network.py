@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hf_ae import AutoencoderConfig, AutoencoderImageProcessor
-from hf_ae.data import ImagesInMemory, image_column, open_dataset, read_labels, to_pixel_values
+from hf_ae.data import open_dataset, read_labels, read_rows, to_pixel_values
 from hf_ae.evaluation.feature_network import WEIGHTS, FeatureNetwork
 from hf_ae.evaluation.fidelity import accuracy
 
@@ -30,7 +30,7 @@ def load_split(name: str, split: str) -> tuple[Tensor, Tensor]:
     """(uint8 pixels, labels) of one split."""
     splits = open_dataset(name)
     processor = AutoencoderImageProcessor.from_config(AutoencoderConfig())
-    pixels = ImagesInMemory.load(splits[split], image_column(splits[split]), processor).pixels
+    pixels = read_rows(splits[split], processor)
     return pixels, read_labels(splits, split, "label")[0]
 
 

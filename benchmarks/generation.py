@@ -45,11 +45,11 @@ THEIRS = {"VAE": ("prior", "mixture"), "VAE-GAN": ("prior",), "VQ-VAE": ("pixelc
 def load_images(split: str, limit: int) -> Tensor:
     """uint8 (images, 1, 28, 28)."""
     from hf_ae import AutoencoderConfig, AutoencoderImageProcessor
-    from hf_ae.data import ImagesInMemory, image_column, open_dataset
+    from hf_ae.data import open_dataset, read_rows
 
     dataset = open_dataset(DATASET)[split]
     processor = AutoencoderImageProcessor.from_config(AutoencoderConfig())
-    return ImagesInMemory.load(dataset, image_column(dataset), processor, limit=limit).pixels
+    return read_rows(dataset, processor, limit=limit)
 
 
 # hf_ae

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_ae.data import ImagesInMemory, image_column, open_dataset, read_labels
+from hf_ae.data import open_dataset, read_labels, read_rows
 from hf_ae.latents import encode_images, reconstruct
 from hf_ae.latents.maps import map_latents, map_quality, neighbor_accuracy
 from hf_ae.loading import load_model
@@ -37,10 +37,7 @@ def main() -> None:
     args = parser.parse_args()
     (model, processor), (other, _) = load_model(args.model), load_model(args.latents)
     splits = open_dataset(args.dataset_name)
-    column = image_column(splits["test"])
-    train, test = (
-        ImagesInMemory.load(splits[split], column, processor).pixels.float() / 255 for split in ("train", "test")
-    )
+    train, test = (read_rows(splits[split], processor).float() / 255 for split in ("train", "test"))
     labels = {split: read_labels(splits, split, "label") for split in ("train", "test")}
     some, classes, names = test[: args.images], labels["test"][0], labels["test"][1]
     maps: dict[str, Any] = {"PCA of the images": map_latents(some.flatten(1), "pca").points}

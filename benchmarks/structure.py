@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from hf_ae.codec import compress
-from hf_ae.data import ImagesInMemory, image_column, open_dataset
+from hf_ae.data import open_dataset, read_rows
 from hf_ae.latents import decode, encode_images, random_latents, reconstruct
 from hf_ae.loading import load_model
 from hf_ae.models.image_processing import AutoencoderImageProcessor
@@ -65,7 +65,7 @@ def main() -> None:
 
 def load(rows: Any, processor: AutoencoderImageProcessor, limit: int | None) -> Tensor:
     """Images in 0…1."""
-    return ImagesInMemory.load(rows, image_column(rows), processor, limit=limit).pixels.float() / 255
+    return read_rows(rows, processor, limit=limit).float() / 255
 
 
 def kinds_of(real: Tensor, other: Tensor) -> dict[str, Tensor]:

@@ -14,8 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .data import ImagesInMemory, batch_for, rows_to_values, to_pixel_values
-from .data import image_column as find_image_column
+from .data import batch_for, read_rows, to_pixel_values
 from .errors import UserError, first_line, require, user_input
 from .latents.sampling import Sampler, file_beside, fit_group
 from .loading import eval_mode, image_processor_for, load_model
@@ -152,14 +151,13 @@ class AnomalyDetector:
         require(self.tensors, "The detector is not fitted yet: call fit with normal images first.")
 
     def _pixels(self, images: Any, column: str | None) -> Tensor:
-        """A dataset -> uint8 images, anything else -> pixel values. uint8 images of the model's size stay."""
+        """A dataset -> uint8 images, anything else -> pixel values. What `read_rows` gives stays."""
         wanted = (self.processor.num_channels, *self.processor.target_size())
-        if isinstance(images, Tensor) and images.dtype == torch.uint8 and images.shape[1:] == wanted:
+        kind = torch.uint8 if self.processor.feature_columns is None else torch.float32
+        if isinstance(images, Tensor) and images.dtype == kind and images.shape[1:] == wanted:
             return images
-        if hasattr(images, "column_names") and self.processor.feature_columns is not None:
-            return rows_to_values(images, self.processor)
         if hasattr(images, "column_names"):
-            return ImagesInMemory.load(images, find_image_column(images, column), self.processor).pixels
+            return read_rows(images, self.processor, column)
         with user_input():
             return self.processor.preprocess(images, return_tensors="pt").pixel_values
 

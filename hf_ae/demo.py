@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from .data import ImagesInMemory, image_column, open_dataset, pick_split
+from .data import image_column, open_dataset, pick_split, read_rows
 from .errors import require
 from .evaluation.evaluate import evaluate
 from .latents import decode, random_latents, reconstruct
@@ -98,7 +98,7 @@ def round_trip(path: Path) -> None:
     drawn: dict[str, torch.Tensor] = {}
     for folder in folders:
         model, processor = load_model(folder)
-        images = ImagesInMemory.load(rows, image_column(rows), processor).pixels.float() / 255
+        images = read_rows(rows, processor).float() / 255
         rebuilt = reconstruct(model, images)
         drawn.setdefault("original", images[:12])
         drawn[folder.name.removeprefix("fashion-")] = rebuilt[:12]

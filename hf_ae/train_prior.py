@@ -20,15 +20,14 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hf_ae.data import (
-    ImagesInMemory,
     batch_for,
     class_columns,
     held_out_name,
-    image_column,
     num_batches,
     open_dataset,
     pick_split,
     read_labels,
+    read_rows,
     row_batches,
     to_pixel_values,
 )
@@ -119,7 +118,7 @@ def train_model(args: PriorArguments, accelerator: Accelerator, resume_from: Pat
 
     def encode(split: str, limit: int | None, flip: bool = False) -> Codes:
         rows = pick_split(splits, split)
-        pixels = ImagesInMemory.load(rows, image_column(rows, args.image_column), processor, limit=limit).pixels
+        pixels = read_rows(rows, processor, args.image_column, limit)
         labels = read_labels(splits, split, column)[0][: len(pixels)] if column else torch.zeros(len(pixels)).long()
         return Codes(encode_images(model, pixels, accelerator, flip), labels)
 

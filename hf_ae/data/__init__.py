@@ -15,11 +15,11 @@ from .sources import (
     without_bars,
 )
 from .stream import ImageStream
-from .tables import read_table, rows_to_values, table_processor
+from .tables import read_rows, read_table, rows_to_values, table_processor
 
 __all__ = [
     "ImageStream", "ImagesInMemory", "RandomCrops", "batch_for", "binarized_once", "check_column", "class_columns",
     "each_batch", "evaluation_split", "held_out_name", "image_column", "num_batches", "open_dataset", "pick_split",
-    "read_labels", "read_table", "read_texts", "row_batches", "rows_to_values", "table_processor", "to_pixel_values",
-    "without_bars",
+    "read_labels", "read_rows", "read_table", "read_texts", "row_batches", "rows_to_values", "table_processor",
+    "to_pixel_values", "without_bars",
 ]  # fmt: skip

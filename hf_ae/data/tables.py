@@ -1,4 +1,4 @@
-"""Tables of numbers, as autoencoders take them: a row is an image of height 1."""
+"""Rows of a dataset as a model takes them: images, or tables of numbers, of which a row is an image of height 1."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from torch import Tensor
 
 from ..errors import require, user_input
 from ..models.image_processing import AutoencoderImageProcessor
+from .images import ImagesInMemory
+from .sources import image_column as find_image_column
 
 
 def table_processor(table: NDArray[Any], columns: Sequence[str]) -> AutoencoderImageProcessor:
@@ -42,3 +44,15 @@ def rows_to_values(rows: Any, processor: AutoencoderImageProcessor) -> Tensor:
     are not finite."""
     with user_input():
         return processor.standardized(read_table(rows, processor.feature_columns or []))
+
+
+def read_rows(
+    rows: Any, processor: AutoencoderImageProcessor, image_column: str | None = None, limit: int | None = None,
+    progress: bool = False,
+) -> Tensor:  # fmt: skip
+    """The first `limit` rows of a dataset: uint8 images (rows, channels, height, width), or the pixel values of those
+    of a table, where the processor is that of one. Raises ValueError."""
+    if processor.feature_columns is not None:
+        return rows_to_values(rows if limit is None else rows.select(range(min(limit, len(rows)))), processor)
+    column = find_image_column(rows, image_column)
+    return ImagesInMemory.load(rows, column, processor, limit=limit, progress=progress).pixels

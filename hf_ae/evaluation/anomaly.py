@@ -12,8 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..anomaly import FILE, PARTS, AnomalyDetector
-from ..data import ImagesInMemory, evaluation_split, open_dataset, pick_split, read_labels, without_bars
-from ..data import image_column as find_image_column
+from ..data import evaluation_split, open_dataset, pick_split, read_labels, read_rows, without_bars
 from ..errors import require
 from ..latents import reconstruct
 from ..latents.sampling import file_beside
@@ -116,12 +115,9 @@ def score_table(detector: AnomalyDetector, rows: Any, image_column: str | None, 
     numbers, classes and names; and a figure of the most unusual images, which a table has not."""
     import datasets
 
-    if detector.processor.feature_columns is not None:
-        scores = detector.score_samples(rows)
-    else:
-        column = find_image_column(rows, image_column)
-        pixels = ImagesInMemory.load(rows, column, detector.processor, progress=True).pixels
-        scores = detector.score_samples(pixels)
+    pixels = read_rows(rows, detector.processor, image_column, progress=True)
+    scores = detector.score_samples(pixels)
+    if detector.processor.feature_columns is None:
         labelled_rows(unusual(detector, pixels[torch.from_numpy(scores).argsort()[:12]]), figure)
     plain = [name for name, kind in rows.features.items() if isinstance(kind, datasets.Value | datasets.ClassLabel)]
     table = {"row": np.arange(len(scores)), "score": scores, "outlier": scores < detector.offset_}
@@ -165,8 +161,7 @@ def labelled_images(data: Data, pixels: Tensor) -> tuple[Tensor, Array]:
     if request.outliers is not None:
         others = open_dataset(request.outliers)
         rows = pick_split(others, evaluation_split(others, None))
-        column = find_image_column(rows, None)
-        odd = ImagesInMemory.load(rows, column, data.processor, limit=len(pixels), progress=True).pixels
+        odd = read_rows(rows, data.processor, limit=len(pixels), progress=True)
         return torch.cat([pixels, odd]), np.arange(len(pixels) + len(odd)) < len(pixels)
     return pixels, is_normal_class(data, data.split)[: len(pixels)]
 

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..data import ImagesInMemory, check_column
+from ..data import check_column, read_rows
 from ..disentanglement import beta_vae_score, dci_scores, factor_vae_score, mig, sap
 from ..errors import require
 from ..latents import encode_images
@@ -31,7 +31,7 @@ def disentanglement(model: Any, data: Data, pixels: Tensor) -> tuple[dict[str, A
     columns = factor_columns(data)
     count = min(data.request.max_images or IMAGES, len(data.rows))
     chosen = data.rows.select(np.random.default_rng(0).permutation(len(data.rows))[:count])
-    images = ImagesInMemory.load(chosen, data.column, data.processor, progress=True).pixels.float() / 255
+    images = read_rows(chosen, data.processor, data.column, progress=True).float() / 255
     factors = np.stack([np.asarray(chosen[name]) for name in columns], 1)
     latents = encode_images(model, images)
     return {"images": count, "factors": columns, **all_scores(latents.numpy(), factors)}, traversals(model, latents)

@@ -7,9 +7,8 @@ from typing import Any
 
 import torch
 
-from ..data import ImagesInMemory, evaluation_split, open_dataset, pick_split, read_labels
-from ..data import image_column as find_image_column
-from ..errors import UserError
+from ..data import evaluation_split, open_dataset, pick_split, read_labels, read_rows
+from ..errors import UserError, require
 from ..latents import encode_images
 from ..latents.map_page import RUNTIME, write_map
 from ..latents.maps import map_latents, map_quality
@@ -30,8 +29,8 @@ def map_dataset(
     splits = open_dataset(dataset_name, config)
     split = evaluation_split(splits, split)
     rows = pick_split(splits, split)
-    column = find_image_column(rows, image_column)
-    images = ImagesInMemory.load(rows, column, processor, limit=max_images, progress=True).pixels.float() / 255
+    require(processor.feature_columns is None, "map shows images, and this model takes a table.")
+    images = read_rows(rows, processor, image_column, max_images, progress=True).float() / 255
     labels, names = classes_of(splits, split, label_column)
     labels = None if labels is None else labels[: len(images)]
     found = map_latents(encode_images(loaded, images), method)

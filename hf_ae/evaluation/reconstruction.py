@@ -55,15 +55,19 @@ def principal_components(data: Data, images: Tensor, size: int) -> Tensor | None
 
 @torch.no_grad()
 def use_of_codes(model: Any, pixels: Tensor) -> dict[str, dict[str, float]]:
-    """Of each level of discrete codes, the coarsest first: how many an image has, the bits of these as whole numbers of
-    one length, usage (the fraction of the codewords that occur) and perplexity."""
+    """Of each level of discrete codes, the coarsest first: how many an image has, the bits of these as numbers of one
+    length, usage (the fraction of the codewords that occur) and perplexity."""
     values = (to_pixel_values(part, model.device, model.config.pixel_range) for part in each_batch(pixels))
     levels = [torch.cat(level) for level in zip(*(model.levels_of(model.encode(x).indices) for x in values))]
     use: dict[str, dict[str, float]] = {}
     for i, level in enumerate(levels, 1):
         found = usage_and_perplexity(level, model.config.codebook_size)
         codes, each = level[0].numel(), math.log2(model.config.codebook_size)
-        use[f"level_{i}"] = {"codes": codes, "bits": codes * each, **{key: value.item() for key, value in found.items()}}
+        use[f"level_{i}"] = {
+            "codes": codes,
+            "bits": codes * each,
+            **{key: value.item() for key, value in found.items()},
+        }
     return use
 
 

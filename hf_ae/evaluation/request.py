@@ -10,7 +10,6 @@ from typing import Any
 from torch import Tensor
 
 from ..data import (
-    ImagesInMemory,
     binarized_once,
     evaluation_split,
     held_out_name,
@@ -18,6 +17,7 @@ from ..data import (
     open_dataset,
     pick_split,
     read_labels,
+    read_rows,
 )
 from ..errors import UserError, require
 
@@ -113,7 +113,7 @@ class Data:
     def pixels(self, split: str, limit: int | None = None) -> Tensor:
         """uint8 images of a split, the first `limit`."""
         rows = self.rows if split == self.split else pick_split(self.splits, split)
-        found = ImagesInMemory.load(rows, self.column, self.processor, limit=limit, progress=True).pixels
+        found = read_rows(rows, self.processor, self.column, limit, progress=True)
         return binarized_once(found) if self.request.binarize else found
 
     def labels(self, split: str, column: str) -> Tensor | None:

@@ -14,16 +14,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..data import (
-    ImagesInMemory,
     batch_for,
     binarized_once,
     each_batch,
     open_dataset,
     pick_split,
     read_labels,
+    read_rows,
     to_pixel_values,
 )
-from ..data import image_column as find_image_column
 from ..errors import UserError, first_line, require
 from ..loading import eval_mode, load_model, pick_device
 
@@ -249,7 +248,7 @@ def fit_sampler(
     require(kind != "prior" or model.can_sample, f"{own}: write --kind mixture.")
     splits = open_dataset(dataset_name, dataset_config_name)
     rows = pick_split(splits, train_split)
-    pixels = ImagesInMemory.load(rows, find_image_column(rows, image_column), processor, limit=max_images).pixels
+    pixels = read_rows(rows, processor, image_column, max_images)
     labels = None if label_column is None else read_labels(splits, train_split, label_column)[0][: len(pixels)]
     latents = encode_all(model, binarized_once(pixels) if binarize else pixels)
     return fit(latents, kind, labels, components, seed).save(name)
