@@ -4,7 +4,7 @@
 
 Kinds of images: the test split; another dataset; the test split with the phases of its frequencies scrambled (the same
 spectrum), and with its pixels shuffled (the same gray values); random pixels. Prints, for each kind, the squared error
-of fashion-conv-ae, the bytes of a file of fashion-compressive, and the distance to the nearest training image, and
+of fashion-conv-ae, the bits of a file of fashion-compressive, and the distance to the nearest training image, and
 draws that beside examples. Then, of an AE, a VAE and a β-VAE, where random codes (of a normal distribution with the
 mean and variance of each latent) and codes halfway between two test images lead to: the distance of the decoded images
 to the nearest training image, beside that of reconstructed test images.
@@ -47,12 +47,12 @@ def main() -> None:
     )
     codec, found = load_model(CARDS / "fashion-compressive")[0], {}
     print(
-        "| | squared error | bytes of a file | distance to the nearest training image |\n| --- | ---: | ---: | ---: |"
+        "| | squared error | bits of a file | distance to the nearest training image |\n| --- | ---: | ---: | ---: |"
     )
     for name, images in kinds.items():
         error = (reconstruct(model, images) - images).square().flatten(1).sum(1)
         pictures = to_images(images[:100], images.shape[-1])
-        files = torch.tensor([len(compress(codec, picture.convert("L"), 0.5)) for picture in pictures]).float()
+        files = torch.tensor([8 * len(compress(codec, picture.convert("L"), 0.5)) for picture in pictures]).float()
         found[name] = (images, error, files, distances(images, train))
         print(f"| {name} | {' | '.join(f'{values.mean():.1f}' for values in found[name][1:])} |", flush=True)
     draw(found, args.output)
@@ -76,7 +76,8 @@ def kinds_of(real: Tensor, other: Tensor) -> dict[str, Tensor]:
         torch.rand(real.shape, generator=generator)
     ).angle()  # of real noise: symmetric, as it must be
     scrambled = torch.fft.ifft2(spectrum.abs() * torch.exp(1j * turns)).real
-    scrambled = (scrambled - scrambled.amin((2, 3), keepdim=True)) / np.ptp(scrambled.numpy(), (2, 3), keepdims=True)
+    least, most = (function(scrambled, (2, 3), keepdim=True) for function in (torch.amin, torch.amax))
+    scrambled = (scrambled - least) / (most - least)
     order = torch.rand(len(real), real[0].numel(), generator=generator).argsort(1)
     return {
         "test images": real, "another dataset": other, "phases scrambled": scrambled.float(),
@@ -103,7 +104,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
     """A row for each kind: examples, and the three numbers."""
     figure = new_figure(13, 6.5)
     grid = figure.add_gridspec(len(found), 4, width_ratios=[2.2, 1, 1, 1])
-    titles = ("squared error of an autoencoder", "bytes of a file", "distance to the nearest\ntraining image")
+    titles = ("squared error of an autoencoder", "bits of a file", "distance to the nearest\ntraining image")
     for row, (name, (images, *_)) in enumerate(found.items()):
         axis = figure.add_subplot(grid[row, 0])
         axis.imshow(np.concatenate([image[0].numpy() for image in images[:8]], 1), cmap="gray", vmin=0, vmax=1)

@@ -27,7 +27,7 @@ from serving import (
 )
 
 DAMAGES = {
-    "Noise": ("gaussian", "fashion-denoising", (0.05, 0.6, 0.3, 0.05)),
+    "Noise": ("gaussian", "fashion-denoising", (0.05, 0.6, 0.5, 0.05)),
     "Salt and pepper": ("salt_pepper", "fashion-denoising", (0.02, 0.4, 0.15, 0.01)),
     "Mask": ("masking", "fashion-inpainting", (0.05, 0.8, 0.5, 0.05)),
     "Shrink": ("low_resolution", "fashion-sharpening", (2, 7, 4, 1)),
@@ -36,7 +36,7 @@ DAMAGES = {
 """Title -> kind of corruption, the model trained to undo it, and (lowest, highest, first, step) of its level."""
 FALLBACK = "fashion-denoising"
 """Repairs what no model was trained for."""
-START, FIRST = ("ankle boot", 0), ("Noise", 0.3)
+START, FIRST = ("ankle boot", 0), ("Noise", 0.5)
 """What the tab shows when the page opens: a sample, the damage and its level."""
 COLOURED = ("baby", "crying-face", "calendar", "broken-heart", "owl", "tractor", "motor-scooter", "castle")
 """Emoji to pick where the colour is dropped; no denoising model trained on them."""
@@ -59,7 +59,7 @@ def offered() -> list[str]:
 
 @friendly
 def repair(
-    picture: str, damage: str = "Noise", level: float = 0.3, seed: int = 0
+    picture: str, damage: str = "Noise", level: float = 0.5, seed: int = 0
 ) -> tuple[list[tuple[Image.Image, str]], str]:
     """Damage a picture and let a denoising autoencoder repair it.
 
