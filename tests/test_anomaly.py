@@ -1,5 +1,6 @@
 """Outliers: each score beside an independent reference, a threshold that holds, and files that come back."""
 
+import re
 import shutil
 
 import datasets
@@ -18,7 +19,7 @@ from variants import make
 import hf_ae
 from hf_ae.anomaly import FILE, PARTS
 from hf_ae.evaluation.anomaly import detection_metrics, rivals
-from hf_ae.evaluation.evaluate import evaluate
+from hf_ae.evaluation.evaluate import evaluate, summary
 from hf_ae.hub.push import check_folder
 from hf_ae.latents.sampling import Sampler, fit, prior
 from hf_ae.loading import image_processor_for
@@ -269,6 +270,7 @@ def test_evaluate_tells_another_dataset_from_the_normal_images(tmp_path):
     assert found["images"] == 120 and found["detectors"]["PCA, error"]["auroc"] > 0.99
     assert {"this model", "PCA, error", "isolation forest"} <= set(found["detectors"])
     found = evaluate(tmp_path / "model", str(SAMPLE), normal_class="Bag", replace=True, tasks="anomaly")["anomaly"]
+    assert re.search(r"isolation forest +auroc 0\.\d+  aupr 0\.", summary({"anomaly": found}))
     assert found["outliers"] == "not Bag" and found["images"] == 500
     card = (tmp_path / "model" / "README.md").read_text()
     assert "Outliers (not Bag)" in card and "![The most unusual" in card and "--normal_class Bag" in card

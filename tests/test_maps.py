@@ -114,7 +114,7 @@ def test_the_page_decodes_under_the_pointer_without_a_server(plane, tmp_path):
         page.on("pageerror", lambda error: problems.append(str(error)))
         page.on("request", lambda r: problems.append(r.url) if r.url.startswith("http") else None)
         page.goto((tmp_path / "map.html").as_uri())
-        page.wait_for_function("session !== null")
+        page.wait_for_function("session !== null && view.scale !== null")
         page.evaluate("pointer = toMap(0, 0)")
         started, moves = time.monotonic(), 0
         while time.monotonic() - started < 2:

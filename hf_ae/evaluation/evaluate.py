@@ -29,7 +29,6 @@ from .likelihood import LIKELIHOODS, importance_weighted_bound
 from .reconstruction import draw_results, measure_reconstruction
 from .record import own_random_numbers, save_metrics
 from .repair import repair
-from .repair import summary_of as repair_summary
 from .representation import representation
 from .request import BY_DEFAULT, Data, Request
 
@@ -189,6 +188,25 @@ DRAWN: dict[str, Callable[[Any, Path], Any]] = {
 DRAWN["generation"] = lambda images, path: image_grid(images[:80], 20, path, cell=48)
 
 
+TABLES: dict[str, Callable[[dict[str, Any]], dict[str, dict[str, Any]]]] = {
+    "repair": lambda found: {"damaged": found["damaged"], **found["without_learning"], "restored": found["restored"]},
+    "representation": lambda found: {**found["values"], "units": found["units"]},
+    "anomaly": lambda found: found["detectors"],
+    "disentanglement": lambda found: {"scores": found},
+}
+"""Task -> its figures as rows of a table for the screen."""
+
+
+def table_lines(rows: dict[str, dict[str, Any]]) -> list[str]:
+    """A line for each row: its name, and its numbers by name."""
+    width = max(map(len, rows))
+    numbers = {name: {key: v for key, v in row.items() if isinstance(v, int | float)} for name, row in rows.items()}
+    return [
+        f"{name:{width}}" + "".join(f"  {key} {value:.4g}" for key, value in row.items())
+        for name, row in numbers.items()
+    ]
+
+
 def summary(metrics: dict[str, Any]) -> str:
     """The figures of an evaluation, a line each, for the screen."""
     titles = {"reconstruction": "model", "pca": f"PCA, {metrics.get('code_size')}"}
@@ -197,8 +215,7 @@ def summary(metrics: dict[str, Any]) -> str:
     for row, title in titles.items():
         if row in metrics:
             lines.append(f"{title:10}" + "".join(f"  {name} {value:.5g}" for name, value in metrics[row].items()))
-    if repaired := metrics.get("repair"):
-        lines += repair_summary(repaired)
+    lines += [line for task in TABLES if task in metrics for line in table_lines(TABLES[task](metrics[task]))]
     if bounds := metrics.get("likelihood"):
         found = f"elbo {bounds['elbo']:.3f}  bound {bounds['log_likelihood_bound']:.3f} nats"
         lines.append(f"likelihood  {found} ({bounds['model']}, {bounds['samples']} samples)")

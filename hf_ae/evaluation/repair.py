@@ -203,9 +203,3 @@ def has_opencv() -> bool:
     except ImportError:
         return False
     return True
-
-
-def summary_of(found: dict[str, Any]) -> list[str]:
-    """Figures of a repair, a line each, for the screen."""
-    rows = {"damaged": found["damaged"], **found["without_learning"], "restored": found["restored"]}
-    return [f"{name:16}" + "".join(f"  {key} {value:.4g}" for key, value in row.items()) for name, row in rows.items()]
