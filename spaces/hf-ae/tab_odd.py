@@ -86,7 +86,7 @@ def find_odd_one(seed: int = 0) -> tuple[list[tuple[Image.Image, str]], str]:
         The twelve pictures, the most unusual first, with their scores; and whether the detector found the digit.
     """
     shuffled = random.Random(whole(seed, 0, 99, "The seed"))
-    names = [(name, shuffled.randrange(PER_CLASS)) for name in shuffled.choices(SHEETS["clothes"], k=CLOTHES)]
+    names = shuffled.sample([(name, i) for name in SHEETS["clothes"] for i in range(PER_CLASS)], CLOTHES)
     digit = shuffled.choice(SHEETS["digits"])
     images = [(samples("clothes")[name][i], name) for name, i in names]
     images.append((samples("digits")[digit][shuffled.randrange(PER_CLASS)], f"the digit {digit}"))
