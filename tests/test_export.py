@@ -78,7 +78,7 @@ def test_the_command_line_exports_and_ten_lines_of_onnxruntime_use_it(tmp_path, 
     fails(capsys, wrong, "format='coreml'", "onnx, torch")
 
 
-@pytest.mark.parametrize("name", ["compressive", "vae-resnet", "vqvae-ema"])
+@pytest.mark.parametrize("name", [pytest.param("compressive", marks=pytest.mark.slow), "vae-resnet", "vqvae-ema"])
 def test_a_torch_program_takes_single_images_and_other_sizes(name, tmp_path):
     """It refused a batch of one, and sides as long as the model's own."""
     model = make(name).eval()

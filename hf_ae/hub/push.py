@@ -29,6 +29,7 @@ from .remote_code import has_model_code, write_model_code
 ALLOWED = (
     r"README\.md|recipe[\w-]*\.yaml|(model_index|config|preprocessor_config|metrics)\.json|\.gitattributes"
     r"|[a-z_]+\.py|[\w-]+\.(png|jpg)|\.eval_results/[\w.-]+\.yaml"
+    r"|map\.html|onnxruntime-web\.js"
 )
 WEIGHTS = r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?|(sampler|anomaly_detector)\.safetensors"
 """At the top of a model folder."""

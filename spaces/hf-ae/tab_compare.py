@@ -16,7 +16,6 @@ FAMILIES = {
         "fashion-sparse",
         "fashion-contractive",
         "fashion-denoising",
-        "fashion-features",
         "fashion-ae-2d",
         "fashion-inpainting",
         "fashion-sharpening",
