@@ -359,6 +359,7 @@ def test_a_map_whose_decoder_runs_in_the_browser(page):
     frame.locator("#map").hover(position={"x": 200, "y": 200})
     expect(frame.locator("#what")).to_contain_text("image", timeout=SECONDS)
     page.frames[-1].wait_for_function("frames.length > 0", timeout=SECONDS)
+    keep(page, "A map, loaded", 1280, "light")
 
 
 def test_the_measured_tables(page):

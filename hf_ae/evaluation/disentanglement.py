@@ -61,10 +61,11 @@ def all_scores(latents: NDArray[Any], factors: NDArray[Any], seed: int = 0) -> d
 
 def traversals(model: Any, latents: Tensor, steps: int = 12, most: int = 10) -> dict[str, Tensor]:
     """Name -> images (steps, channels, height, width) in 0…1: from the middle of the latents (images, size), each of
-    those that vary most set to values from its 2nd to its 98th hundredth."""
+    those that vary most set to values from its 2nd to its 98th hundredth. Latents that hardly vary are left out."""
     low, high = model.config.pixel_range
-    middle, found = latents.median(0).values, {}
-    for i in latents.var(0).argsort(descending=True)[:most].tolist():
+    middle, variances, found = latents.median(0).values, latents.var(0), {}
+    order = [i for i in variances.argsort(descending=True).tolist() if variances[i] >= 0.1 * variances.max()]
+    for i in order[:most]:
         first, last = latents[:, i].quantile(torch.tensor([0.02, 0.98])).tolist()
         walk = traversal(model, middle, i, torch.linspace(first, last, steps))
         found[f"latent {i}"] = ((walk - low) / (high - low)).clamp(0, 1)
