@@ -86,6 +86,16 @@ def holds_bits(values: Iterable[Any]) -> bool:
     return found
 
 
+SMALL_FILE = 4096
+"""Bytes of an encoded image below which opening it, which is Python, takes longer than decoding it."""
+
+
+def is_small(value: Any) -> bool:
+    """Whether threads that decode such values only wait for each other."""
+    data = value.get("bytes") if isinstance(value, dict) else None
+    return data is not None and len(data) < SMALL_FILE
+
+
 def in_threads(work: Callable[[Any], Any], items: Iterable[Any], chunk: int = 64) -> Iterator[Any]:
     """`work` of each item, in order, by as many threads as there are CPUs. Items are taken as they are needed."""
     items, threads = iter(items), os.cpu_count() or 1

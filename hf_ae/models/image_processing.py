@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.nn import functional as F
 from transformers.image_processing_backends import PilBackend
@@ -179,7 +179,8 @@ def open_image(image: Any) -> Image.Image:
             known = "a path, bytes, a PIL image, an array or a tensor"
             raise ValueError(f"{type(image).__name__} is not an image: give {known}.")
         image.load()
-        return ImageOps.exif_transpose(image)
+        turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
+        return ImageOps.exif_transpose(image) if turned else image  # which copies the image in any case
     except FileNotFoundError as error:
         raise ValueError(f"{name} does not exist.") from error
     except IsADirectoryError as error:
