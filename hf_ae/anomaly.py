@@ -88,6 +88,11 @@ class AnomalyDetector:
         """Images -> (images,): higher is more normal. Raises ValueError before `fit`."""
         return self._joined(self._unusual(self._pixels(images, image_column))).numpy()
 
+    def score_parts(self, images: Any, image_column: str | None = None) -> dict[str, NDArray[Any]]:
+        """Images -> {part of the score: (images,)}, each alone and in its own units; higher is more normal."""
+        unusual = self._unusual(self._pixels(images, image_column))
+        return {part: -column.numpy() for part, column in zip(self.parts, unusual.T)}
+
     def decision_function(self, images: Any, image_column: str | None = None) -> NDArray[Any]:
         """Images -> (images,): `score_samples` above the threshold, negative for outliers."""
         return self.score_samples(images, image_column) - self.offset_

@@ -96,9 +96,15 @@ def is_small(value: Any) -> bool:
     return data is not None and len(data) < SMALL_FILE
 
 
-def in_threads(work: Callable[[Any], Any], items: Iterable[Any], chunk: int = 64) -> Iterator[Any]:
-    """`work` of each item, in order, by as many threads as there are CPUs. Items are taken as they are needed."""
+def in_threads(work: Callable[[Any], Any], items: Iterable[tuple[int, Any]], chunk: int = 64) -> Iterator[Any]:
+    """`work` of each row (index, value), in order, by as many threads as there are CPUs; by none where the first is
+    small. Rows are taken as they are needed."""
     items, threads = iter(items), os.cpu_count() or 1
+    first = list(itertools.islice(items, 1))
+    items = itertools.chain(first, items)
+    if first and is_small(first[0][1]):
+        yield from map(work, items)
+        return
     waiting: deque[Future[list[Any]]] = deque()
     with ThreadPoolExecutor(threads) as pool:
         try:

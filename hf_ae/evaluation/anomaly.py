@@ -147,9 +147,9 @@ def anomaly(model: Any, data: Data, pixels: Tensor) -> tuple[dict[str, Any], dic
         "flagged_normal": float(flagged[is_normal].mean()), "flagged_outliers": float(flagged[~is_normal].mean()),
         "score": "+".join(detector.parts), "detectors": {"this model": detection_metrics(scores, is_normal)},
     }  # fmt: skip
-    for part in (name for name in PARTS if name != "bound" or model.can_sample):
-        alone = AnomalyDetector(model, processor=data.processor, score=part).fit(train)
-        found["detectors"][f"this model, {part}"] = detection_metrics(alone.score_samples(images), is_normal)
+    parts = "+".join(name for name in PARTS if name != "bound" or model.can_sample)
+    alone = AnomalyDetector(model, processor=data.processor, score=parts).fit(train).score_parts(images)
+    found["detectors"] |= {f"this model, {part}": detection_metrics(v, is_normal) for part, v in alone.items()}
     for name, values in rivals(train.float() / 255, images.float() / 255):
         found["detectors"][name] = detection_metrics(values, is_normal)
     return found, unusual(detector, images[torch.from_numpy(scores).argsort()[:12]])

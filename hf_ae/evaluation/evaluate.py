@@ -73,13 +73,21 @@ def evaluate(
             found, figure = MEASURES[task](loaded, data, pixels)
             metrics[task] = {**found, **({} if task in BY_DEFAULT else {"command": request.command()})}
             if figure is not None:
-                drawn[task] = partial(DRAWN[task], figure, folder / FIGURE[task])
+                drawn[task] = partial(draw, figure, folder / FIGURE[task])
     if save and folder.is_dir():
         written = save_metrics(folder, metrics, replace)
         for task in written & set(drawn):
             drawn[task]()
         finish(folder, written)
     return metrics
+
+
+def draw(figure: Tensor | dict[str, Tensor], path: Path) -> None:
+    """Images as a grid, rows of images with their names."""
+    if isinstance(figure, dict):
+        labelled_rows(figure, path)
+    else:
+        image_grid(figure[:80], 20, path, cell=48)
 
 
 def finish(folder: Path, written: set[str]) -> None:
@@ -182,12 +190,6 @@ FIGURE = {
     "generation": "samples.png", "anomaly": "outliers.png", "disentanglement": "traversals.png",
     "repair": "repair.png",
 }  # fmt: skip
-DRAWN: dict[str, Callable[[Any, Path], Any]] = {
-    task: labelled_rows for task in ("anomaly", "disentanglement", "repair")
-}
-DRAWN["generation"] = lambda images, path: image_grid(images[:80], 20, path, cell=48)
-
-
 TABLES: dict[str, Callable[[dict[str, Any]], dict[str, dict[str, Any]]]] = {
     "repair": lambda found: {"damaged": found["damaged"], **found["without_learning"], "restored": found["restored"]},
     "representation": lambda found: {**found["values"], "units": found["units"]},

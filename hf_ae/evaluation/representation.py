@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..errors import require
 from ..latents import encode_images
+from ..latents.maps import majority
 from .request import Data
 
 Array = NDArray[Any]
@@ -74,13 +75,12 @@ def probes(train: Array, train_labels: Array, test: Array, test_labels: Array) -
     x, y = standardized(train, test)
     accuracy = fitted(x, train_labels, best_strength(x, train_labels)).score(y, test_labels)
     near = nearest(train, test, NEIGHBORS)
-    votes = np.array([np.bincount(row).argmax() for row in train_labels[near]])
     draws = [few_rows(train_labels, seed) for seed in range(DRAWS)]
     few = [fitted(x[rows], train_labels[rows], FEW_STRENGTH).score(y, test_labels) for rows in draws]
     spread = list(spread_labels(train, train_labels, test, test_labels, draws))
     return {
         "linear_probe": accuracy, "linear_probe_interval": wilson(accuracy, len(test)),
-        "neighbors": float((votes == test_labels).mean()),
+        "neighbors": float((majority(train_labels[near]) == test_labels).mean()),
         "precision": float((train_labels[near] == test_labels[:, None]).mean()),
         "few_labels": float(np.mean(few)), "few_labels_interval": of_draws(few),
         "spread": float(np.mean(spread)), "spread_interval": of_draws(spread),

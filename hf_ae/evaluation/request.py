@@ -20,9 +20,9 @@ from ..data import (
     read_rows,
 )
 from ..errors import UserError, require
+from .record import TASKS
 
-BY_DEFAULT = ("reconstruction", "likelihood", "compression")
-TASKS = (*BY_DEFAULT, "generation", "representation", "anomaly", "disentanglement", "repair")
+BY_DEFAULT = TASKS[:3]
 
 
 @dataclass

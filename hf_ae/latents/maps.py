@@ -108,12 +108,14 @@ def map_quality(images: Tensor, points: Array, labels: Tensor | None = None) -> 
 def neighbor_accuracy(points: Array, labels: Array, others: tuple[Array, Array] | None = None, k: int = 10) -> float:
     """The fraction of points whose class most of the `k` nearest have: of the other points, or of `others`, (points,
     classes)."""
-    from sklearn.neighbors import KNeighborsClassifier
+    from sklearn.neighbors import NearestNeighbors
 
     where, classes = (points, labels) if others is None else others
-    classifier = KNeighborsClassifier(min(k, len(where) - 1)).fit(where, classes)
-    if others is not None:
-        return float(classifier.score(points, labels))
-    around = classifier.kneighbors(None, return_distance=False)
-    votes = np.apply_along_axis(lambda near: np.bincount(near).argmax(), 1, classes[around])
-    return float((votes == labels).mean())
+    found = NearestNeighbors(n_neighbors=min(k, len(where) - 1)).fit(where)
+    near = found.kneighbors(None if others is None else points, return_distance=False)
+    return float((majority(classes[near]) == labels).mean())
+
+
+def majority(classes: Array) -> Array:
+    """Whole numbers (rows, votes) -> the one that most of a row's votes are for, the least of several."""
+    return np.array([np.bincount(row).argmax() for row in classes])
