@@ -76,7 +76,9 @@ def test_neighbour_methods_keep_groups_apart(method):
         pytest.importorskip("umap")
     labels = torch.arange(3).repeat_interleave(20)
     latents = torch.eye(3)[labels] * 9 + torch.randn(60, 3, generator=torch.Generator().manual_seed(0))
+    threads = torch.get_num_threads()
     found, again = map_latents(latents, method), map_latents(latents, method)
+    assert torch.get_num_threads() == threads  # umap's numba set them for the whole process
     assert not found.can_decode and np.array_equal(found.points, again.points)
     assert neighbor_accuracy(found.points, labels.numpy(), k=5) == 1
 

@@ -96,15 +96,17 @@ def is_small(value: Any) -> bool:
     return data is not None and len(data) < SMALL_FILE
 
 
-def in_threads(work: Callable[[Any], Any], items: Iterable[tuple[int, Any]], chunk: int = 64) -> Iterator[Any]:
-    """`work` of each row (index, value), in order, by as many threads as there are CPUs; by none where the first is
-    small. Rows are taken as they are needed."""
+def decoded(decode: Decoder, rows: Iterable[tuple[int, Any]]) -> Iterator[np.ndarray | None]:
+    """Each row (index, value), decoded, in order, by threads unless the first is small."""
+    rows = iter(rows)
+    first = list(itertools.islice(rows, 1))
+    rows = itertools.chain(first, rows)
+    return map(decode, rows) if first and is_small(first[0][1]) else in_threads(decode, rows)
+
+
+def in_threads(work: Callable[[Any], Any], items: Iterable[Any], chunk: int = 64) -> Iterator[Any]:
+    """`work` of each item, in order, by as many threads as there are CPUs. Items are taken as they are needed."""
     items, threads = iter(items), os.cpu_count() or 1
-    first = list(itertools.islice(items, 1))
-    items = itertools.chain(first, items)
-    if first and is_small(first[0][1]):
-        yield from map(work, items)
-        return
     waiting: deque[Future[list[Any]]] = deque()
     with ThreadPoolExecutor(threads) as pool:
         try:
@@ -154,7 +156,7 @@ class ImagesInMemory:
             total=getattr(rows, "num_rows", limit), desc="decoding", mininterval=1.0, leave=False
         )
         kept, skipped = [], 0
-        with tqdm(in_threads(decode, enumerate(values_of(rows, column))), disable=not progress, **bar) as arrays:
+        with tqdm(decoded(decode, enumerate(values_of(rows, column))), disable=not progress, **bar) as arrays:
             for array in arrays:
                 if array is None:
                     skipped += 1

@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..data import batch_for, check_column, image_column, open_dataset, rows_to_values, to_pixel_values, without_bars
-from ..data.images import Decoder, holds_bits, in_threads, undecoded, values_of
+from ..data.images import Decoder, decoded, holds_bits, undecoded, values_of
 from ..errors import UserError, require
 from ..export import named
 from ..loading import eval_mode, image_processor_for, load_model
@@ -179,9 +179,9 @@ class Encoding:
         advice = "Leave such rows out with --skip_broken_images."
         decode = Decoder(self.processor, self.skip_broken, bits=self.bits, advice=advice)
         rows = self.images.select(where) if len(where) < len(self.images) else self.images
-        decoded = zip(where, in_threads(decode, zip(where, values_of(rows, str(self.column)))))
+        arrays = zip(where, decoded(decode, zip(where, values_of(rows, str(self.column)))))
         most = batch_for(self.model.config.num_pixels)
-        while some := list(itertools.islice(decoded, most)):
+        while some := list(itertools.islice(arrays, most)):
             good = [(row, array) for row, array in some if array is not None]
             bar.update(len(some))
             if good:

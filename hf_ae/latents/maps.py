@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -82,7 +83,11 @@ def umap(values: Array, seed: int) -> Array:
         from umap import UMAP
     except ImportError as error:
         raise UserError("The map umap needs umap-learn: pip install umap-learn.") from error
-    return np.asarray(UMAP(n_components=2, random_state=seed, n_jobs=1).fit_transform(values.astype(np.float32)))
+    threads = torch.get_num_threads()
+    try:
+        return np.asarray(UMAP(n_components=2, random_state=seed, n_jobs=1).fit_transform(values.astype(np.float32)))
+    finally:
+        torch.set_num_threads(threads)  # which numba sets for the whole process
 
 
 def map_quality(images: Tensor, points: Array, labels: Tensor | None = None) -> dict[str, float]:
