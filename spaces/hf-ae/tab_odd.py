@@ -72,7 +72,7 @@ def look(picture: str) -> tuple[list[tuple[Image.Image, str]], str]:
     usual = f"{1 - found.contamination:.0%} of the clothes lie above the threshold"
     verdict = f"an outlier, {-margin:.2f} below it" if margin < 0 else f"nothing odd, {margin:.2f} above it"
     told = f"{usual}; this picture is {verdict}."
-    return list(zip(shown, ("picture", "what the autoencoder makes of it", "where they differ"))), status_html(told)
+    return list(zip(shown, ("picture", "comes back", "difference"))), status_html(told)
 
 
 @friendly
@@ -124,15 +124,15 @@ def build() -> list[gr.components.Component]:
             image = upload(value=value, label="Picture", height=200, elem_id="odd-picture", elem_classes="pixels")
             picker = picker_of(offered(), PICKER, "odd-picker")
         with gr.Column(scale=7, min_width=300):
-            label = "The picture, what comes back, and where they differ"
+            label = "What comes back"
             shown = show_many(label, "odd-shown", 3, elem_classes="pixels", buttons=["download", "fullscreen"])
             told = status("", "odd-status")
     with gr.Row(equal_height=False):
         with gr.Column(scale=4, min_width=300):
-            seed = gr.Slider(0, 99, 0, step=1, label="Which twelve", elem_id="odd-seed")
+            seed = gr.Slider(0, 99, 0, step=1, label="Eleven clothes and a digit: which", elem_id="odd-seed")
             again = status("", "odd-found")
         with gr.Column(scale=7, min_width=300):
-            label = "Eleven clothes and a digit, the most unusual first"
+            label = "The most unusual first"
             twelve = show_many(label, "twelve", 6, elem_classes="pixels")
 
     private = {"api_visibility": "private"}
