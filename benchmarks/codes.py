@@ -28,7 +28,7 @@ from hf_ae.latents import encode_images, reconstruct
 from hf_ae.loading import load_model
 from hf_ae.plots import new_figure
 
-SHIPPED = ("fashion-sparse", "fashion-contractive", "fashion-conv-ae", "fashion-vae")
+SHIPPED = ("fashion-features", "fashion-sparse", "fashion-contractive", "fashion-conv-ae", "fashion-vae")
 LATENTS = 2048
 CODES = {
     "nothing": ("hf_ae_autoencoder", ""), "L1": ("hf_ae_sparse", "sparsity=l1,sparsity_weight=0.05"),

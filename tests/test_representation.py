@@ -8,7 +8,7 @@ from conftest import SAMPLE
 
 import hf_ae
 from hf_ae.evaluation.evaluate import evaluate
-from hf_ae.evaluation.representation import best_f1, probes, selectivity, spread_labels, units, wilson
+from hf_ae.evaluation.representation import best_f1, nearest, probes, selectivity, spread_labels, units, wilson
 from hf_ae.loading import image_processor_for
 
 
@@ -109,3 +109,14 @@ def test_one_class_only_has_one_line(model, tmp_path, capsys):
     fails(capsys, [*command, "anomaly", "--normal_class", "0"], "one kind")
     fails(capsys, [*command, "anomaly", "--normal_class", "7"], "There is no class '7'")
     fails(capsys, [*command, "anomaly"], "it needs outliers: write --outliers DATASET")
+
+
+def test_nearest_rows_are_those_of_scikit_learn():
+    from sklearn.neighbors import NearestNeighbors
+
+    generator = np.random.default_rng(0)
+    for offset in (0, 1000):  # far from the origin, too
+        rows, others = (offset + generator.standard_normal((count, 20)) for count in (2500, 1100))
+        found = NearestNeighbors(n_neighbors=10, algorithm="brute").fit(rows).kneighbors(others, return_distance=False)
+        assert (nearest(rows, others, 10) == found).mean() > 0.999
+    assert nearest(rows[:3], others, 10).shape == (1100, 3)
