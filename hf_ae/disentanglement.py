@@ -55,7 +55,7 @@ def dci_scores(latents: Any, factors: Any, seed: int = 0) -> dict[str, float]:
     importances of gradient-boosted trees that predict a factor from all latents."""
     from sklearn.ensemble import GradientBoostingClassifier
 
-    z, v = checked(latents, factors)
+    z, v = checked(latents, factors, 2)
     train, test = split_rows(len(z), seed)
     importance, accuracies = np.zeros((z.shape[1], v.shape[1])), []
     for j, factor in enumerate(v.T):
@@ -72,7 +72,7 @@ def factor_vae_score(latents: Any, factors: Any, seed: int = 0, least_variance: 
     """Accuracy, 0…1, of telling which factor all images of a batch share from the latent that varies least among them
     (Kim and Mnih 2018, algorithm 3). Variances are relative to those over all rows; latents whose variance over all
     rows is below `least_variance` have no vote."""
-    z, v = checked(latents, factors)
+    z, v = checked(latents, factors, 2)
     variances = z.var(0)
     z = z[:, variances >= least_variance] / np.sqrt(variances[variances >= least_variance])
     if z.shape[1] == 0:
@@ -92,15 +92,13 @@ def beta_vae_score(latents: Any, factors: Any, seed: int = 0) -> float:
     absolute difference of their latents over a batch of pairs (Higgins et al. 2017, section 3)."""
     from sklearn.linear_model import LogisticRegression
 
-    z, v = checked(latents, factors)
+    z, v = checked(latents, factors, 2)
     groups, rng = [Groups(column) for column in v.T], np.random.default_rng(seed)
     parts = []
     for pairs in VOTES:
         counts = [share(pairs, len(groups), factor) for factor in range(len(groups))]
         parts.append(np.concatenate([group.differences(z, count, rng) for group, count in zip(groups, counts)]))
         parts.append(np.repeat(np.arange(len(groups)), counts))
-    if len(groups) == 1:
-        return 1.0
     train, train_labels, test, test_labels = parts
     scale = train.std(0) + 1e-12
     machine = LogisticRegression(max_iter=1000, random_state=seed).fit(train / scale, train_labels)
@@ -132,8 +130,8 @@ class Groups:
         return np.concatenate([np.abs(z[a] - z[b]).mean(1) for a, b in parts])
 
 
-def checked(latents: Any, factors: Any) -> tuple[Array, Array]:
-    """Latents as float64, and the factors that vary as whole numbers from 0."""
+def checked(latents: Any, factors: Any, least: int = 1) -> tuple[Array, Array]:
+    """Latents as float64, and the factors that vary, at least so many, as whole numbers from 0."""
     z, v = np.asarray(latents, dtype=np.float64), np.asarray(factors)
     shapes = f"{z.shape} and {v.shape}"
     good = z.ndim == v.ndim == 2 and len(z) == len(v) > 0 and z.shape[1] > 0
@@ -145,6 +143,8 @@ def checked(latents: Any, factors: Any) -> tuple[Array, Array]:
         require(classes, f"Factor {number} has {len(values)} values in {len(v)} rows: give it in classes.")
     varying = [index for values, index in columns if len(values) > 1]
     require(varying, "No factor varies: each column holds one value only.")
+    few = "Of the factors only one varies: this score tells how far several come apart."
+    require(len(varying) >= least, few)
     return z, np.stack(varying, 1)
 
 

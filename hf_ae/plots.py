@@ -96,7 +96,7 @@ def scatter_of_classes(
     axis: Any, points: np.ndarray, labels: Sequence[int] | None, names: Sequence[str] = (), **how: Any
 ) -> Any:
     """Points (images, 2), coloured by class where there are `labels`; with `names`, a legend of them."""
-    style = dict(s=3, alpha=0.7, linewidths=0, **how)
+    style = dict(s=float(np.clip(20_000 / max(1, len(points)), 4, 40)), alpha=0.7, linewidths=0, **how)
     if labels is None:
         return axis.scatter(points[:, 0], points[:, 1], **style)
     top = max(len(names), max(labels) + 1)

@@ -252,9 +252,22 @@ def test_the_command_line_fits_saves_scores_and_draws(tmp_path, capsys, splits):
     np.testing.assert_allclose(again["score"], table["score"], rtol=1e-5)
     assert FILE in check_folder(folder)
     fails(capsys, [*words, "--score", "gaussian"], "write --refit")
+    fails(capsys, [*words, "--train_split", "test"], "write --refit")
     fails(capsys, [*words, "--refit", "--score", "typicality"], "score='typicality' is not known")
     fails(capsys, [*words[:-1], tmp_path / "scores.txt"], "must end in .parquet, .csv or .json")
     fails(capsys, [*words, "--refit", "--train_split", "dev"], "no split 'dev'")
+
+
+def test_a_folder_without_splits_is_judged_by_itself_and_says_so(tmp_path, capsys, splits):
+    folder, photos = tmp_path / "model", tmp_path / "photos"
+    shutil.copytree(MODEL, folder)
+    photos.mkdir()
+    for i in range(40):
+        splits["test"][i]["image"].save(photos / f"photo-{i:02}.png")
+    runs("anomaly", folder, "--dataset_name", photos, "-o", tmp_path / "scores.csv")
+    assert "Fitted to the rows it judges" in capsys.readouterr().out and not (folder / FILE).exists()
+    files = datasets.Dataset.from_csv(str(tmp_path / "scores.csv"))["file"]
+    assert [file.split("/")[-1] for file in files] == [f"photo-{i:02}.png" for i in range(40)]
 
 
 def test_evaluate_tells_another_dataset_from_the_normal_images(tmp_path):

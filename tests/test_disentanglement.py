@@ -141,6 +141,12 @@ def test_what_does_not_fit_is_one_line(latents, factors, message):
         assert "\n" not in str(caught.value)
 
 
+def test_one_factor_alone_cannot_come_apart(mixed, factors):
+    for score in ("dci", "factor_vae_score", "beta_vae_score"):
+        with pytest.raises(ValueError, match="only one varies"):
+            getattr(disentanglement, score)(mixed, factors[:, :1])
+
+
 # Sprites
 
 
@@ -268,3 +274,4 @@ def test_evaluate_scores_the_factors_of_a_dataset_and_draws_traversals(tmp_path,
     assert (tmp_path / "model" / "traversals.png").stat().st_size > 1000
     command = ["evaluate", tmp_path / "model", "--dataset_name", tmp_path / "data", "--tasks", "disentanglement"]
     fails(capsys, [*command, "--factor_columns", "x,colour"], "no column 'colour'")
+    fails(capsys, [*command, "--max_images", "20"], "20 images are too few")

@@ -80,7 +80,9 @@ def test_columns_stay_beside_their_latents_and_broken_rows_go(tmp_path, monkeypa
     np.testing.assert_allclose(without["latents"], np.delete(whole["latents"], 4, 0), atol=1e-6)
 
 
-@pytest.mark.parametrize("order", [[(0, 1)], [(1, 2), (0, 2)], [(2, 3), (0, 3), (1, 3)]], ids=len)
+@pytest.mark.parametrize(
+    "order", [[(0, 1)], [(1, 2), (0, 2)], [(2, 3), (0, 3), (1, 3)], [(8, 9), (7, 9), *((i, 9) for i in range(7))]], ids=len
+)
 def test_any_number_of_tasks_writes_the_same_rows(order, rows, tmp_path, monkeypatch):
     monkeypatch.setattr(encoding, "MOST_ROWS", 6)
     model = make("vae-mlp")
@@ -214,6 +216,10 @@ def test_bad_input_is_one_line(capsys, tmp_path, rows):
         hf_ae.encode_dataset(make("vae-mlp"), rows.to_iterable_dataset())
     with pytest.raises(ValueError, match="rename it"):
         hf_ae.encode_dataset(make("vae-mlp"), rows.rename_column("label", "latents"), ["latents"])
+    with pytest.raises(ValueError, match="from_list"):
+        hf_ae.encode_dataset(make("vae-mlp"), [{"image": None}])
+    with pytest.raises(ValueError, match="no column 'labels'"):
+        hf_ae.encode_dataset(make("vae-mlp"), rows, "labels")
     with pytest.raises(ValueError, match="empty"):
         hf_ae.encode_dataset(make("vae-mlp"), rows.select([]))
 

@@ -94,7 +94,7 @@ def test_evaluate_keeps_the_figures_and_the_card_tells_them(model, capsys):
     assert "linear probe" in card
     command = ["evaluate", model, "--dataset_name", SAMPLE, "--tasks", "representation"]
     fails(capsys, [*command, "--label_column", "kind"], "There is no column 'kind'")
-    fails(capsys, [*command, "--train_split", "dev"], "the dataset has no other split 'dev'")
+    fails(capsys, [*command, "--train_split", "dev"], "there is no other split 'dev'")
 
 
 def test_one_class_only_has_one_line(model, tmp_path, capsys):

@@ -87,6 +87,24 @@ def test_rows_are_encoded_and_searched_for_outliers(trained, folder, tmp_path, f
     detector = hf_ae.AnomalyDetector.from_pretrained(trained)
     np.testing.assert_allclose(detector.score_samples(odd), scores["score"], rtol=1e-3, atol=1e-3)
     fails(capsys, ["evaluate", trained, "--dataset_name", folder], "this model takes a table")
+    (tmp_path / "narrow").mkdir()
+    frame.drop(columns="hue").to_csv(tmp_path / "narrow" / "train.csv", index=False)
+    words = ["--dataset_name", tmp_path / "narrow", "-o"]
+    fails(
+        capsys, ["encode", trained, *words, tmp_path / "narrow-codes"], "There is no column hue, which the model takes"
+    )
+    fails(
+        capsys, ["anomaly", trained, *words, tmp_path / "scores.csv"], "There is no column hue, which the model takes"
+    )
+
+
+def test_a_failed_encoding_leaves_its_folder_free(trained, tmp_path, frame, capsys):
+    (tmp_path / "data").mkdir()
+    words = ["encode", trained, "--dataset_name", tmp_path / "data", "-o", tmp_path / "codes"]
+    frame.assign(hue=np.nan).to_csv(tmp_path / "data" / "train.csv", index=False)
+    fails(capsys, words, "NaN or infinite")
+    frame.to_csv(tmp_path / "data" / "train.csv", index=False)
+    runs(*words)
 
 
 def test_what_is_no_table_is_one_line(folder, tmp_path, capsys, frame):

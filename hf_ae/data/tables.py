@@ -25,13 +25,18 @@ def table_processor(table: NDArray[Any], columns: Sequence[str]) -> AutoencoderI
     return AutoencoderImageProcessor(size={"height": 1, "width": len(columns)}, **fields)
 
 
+def check_columns(rows: Any, columns: Sequence[str]) -> None:
+    """Raise ValueError, naming those that are missing, unless the columns of a table are all there."""
+    missing = [name for name in columns if name not in rows.column_names]
+    there = ", ".join(rows.column_names)
+    require(not missing, f"There is no column {', '.join(missing)}, which the model takes: the dataset has {there}.")
+
+
 def read_table(rows: Any, columns: Sequence[str]) -> NDArray[Any]:
     """Columns of a dataset -> (rows, columns). Raises ValueError for columns that are missing or hold no numbers."""
     import datasets
 
-    missing = [name for name in columns if name not in rows.column_names]
-    there = ", ".join(rows.column_names)
-    require(not missing, f"There is no column {', '.join(missing)}: write --feature_columns with some of {there}.")
+    check_columns(rows, columns)
     for name in columns:
         kind = rows.features[name]
         number = isinstance(kind, datasets.Value) and kind.dtype.startswith(("int", "uint", "float", "bool", "double"))

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from ..anomaly import FILE, PARTS, AnomalyDetector
 from ..data import evaluation_split, open_dataset, pick_split, read_labels, read_rows, without_bars
+from ..data import image_column as find_image_column
+from ..data.images import undecoded, values_of
 from ..errors import require
 from ..latents import reconstruct
 from ..latents.sampling import file_beside
@@ -92,27 +94,32 @@ def rivals(train: Tensor, test: Tensor, seed: int = 0) -> Iterator[tuple[str, Ar
 
 
 def detector_of(
-    name: str, normal: Callable[[], Any], image_column: str | None, refit: bool, options: dict[str, Any],
+    name: str, splits: Any, judged: str, image_column: str | None, refit: bool, options: dict[str, Any],
     device: str | None = None,
 ) -> AnomalyDetector:  # fmt: skip
-    """The detector beside a model, or one that is fitted to `normal()`, rows of a dataset, and saved there, where the
-    model is in a folder. Raises ValueError."""
+    """The detector beside a model, or one that is fitted to `options["train_split"]` of a dataset and saved there,
+    where the model is in a folder and the fitted split is not the one to be judged. Raises ValueError."""
     if file_beside(name, FILE) is not None and not refit:
-        require(not options, f"{name} has a detector: write --refit to fit one with other options.")
+        require(not options, f"{name} has a detector: write --refit to fit one with other options or rows.")
         detector = AnomalyDetector.from_pretrained(name)
         detector.model.to(pick_device(device))
         return detector
+    split = options.pop("train_split", "train")
+    normal = pick_split(splits, split)
     model, processor = load_model(name, pick_device(device))
     detector = AnomalyDetector(model, processor=processor, **options)
-    detector.fit(normal(), image_column=image_column)
-    if Path(name).is_dir():
+    detector.fit(normal, image_column=image_column)
+    if split == judged:
+        print(f"Fitted to the rows it judges, of the split {split!r}: what is odd there passes for normal. Not saved.")
+    elif Path(name).is_dir():
         print(f"Fitted and saved: {detector.save_detector(name)}")
     return detector
 
 
 def score_table(detector: AnomalyDetector, rows: Any, image_column: str | None, figure: Path) -> Any:
-    """A `datasets.Dataset` with `row`, `score` (higher is more normal), `outlier` and the columns of `rows` that hold
-    numbers, classes and names; and a figure of the most unusual images, which a table has not."""
+    """A `datasets.Dataset` with `row`, `score` (higher is more normal), `outlier`, the `file` of an image that has
+    one, and the columns of `rows` that hold numbers, classes and names; and a figure of the most unusual images,
+    which a table has not."""
     import datasets
 
     pixels = read_rows(rows, detector.processor, image_column, progress=True)
@@ -120,12 +127,21 @@ def score_table(detector: AnomalyDetector, rows: Any, image_column: str | None, 
     if detector.processor.feature_columns is None:
         labelled_rows(unusual(detector, pixels[torch.from_numpy(scores).argsort()[:12]]), figure)
     plain = [name for name, kind in rows.features.items() if isinstance(kind, datasets.Value | datasets.ClassLabel)]
-    table = {"row": np.arange(len(scores)), "score": scores, "outlier": scores < detector.offset_}
+    table: dict[str, Any] = {"row": np.arange(len(scores)), "score": scores, "outlier": scores < detector.offset_}
+    if detector.processor.feature_columns is None and any(files := image_files(rows, image_column)):
+        table["file"] = files
     kept = [name for name in plain if name not in table]
     with without_bars():
         found = datasets.Dataset.from_dict(table)
         others = rows.select_columns(kept).flatten_indices()
         return datasets.concatenate_datasets([found, others], axis=1) if kept else found
+
+
+def image_files(rows: Any, column: str | None) -> list[str | None]:
+    """The file that each image came from, where that is known."""
+    column = find_image_column(rows, column)
+    values = values_of(undecoded(rows, column), column)
+    return [value.get("path") if isinstance(value, dict) else None for value in values]
 
 
 def anomaly(model: Any, data: Data, pixels: Tensor) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -18,6 +18,7 @@ from .request import Data, names
 
 IMAGES = 10_000
 """Rows that the scores are measured on, drawn at random: as many as disentanglement_lib takes."""
+LEAST_IMAGES = 100
 DCI_IMAGES = 2_000
 """Of them those that boosted trees see, which takes a minute; ten times as long with all."""
 
@@ -30,6 +31,7 @@ def disentanglement(model: Any, data: Data, pixels: Tensor) -> tuple[dict[str, A
     )
     columns = factor_columns(data)
     count = min(data.request.max_images or IMAGES, len(data.rows))
+    require(count >= LEAST_IMAGES, f"{count} images are too few to tell factors apart: give {LEAST_IMAGES} or more.")
     chosen = data.rows.select(np.random.default_rng(0).permutation(len(data.rows))[:count])
     images = read_rows(chosen, data.processor, data.column, progress=True).float() / 255
     factors = np.stack([np.asarray(chosen[name]) for name in columns], 1)
@@ -46,6 +48,7 @@ def factor_columns(data: Data) -> list[str]:
         return asked
     whole = [name for name, kind in features.items() if "int" in str(getattr(kind, "dtype", ""))]
     require(whole, "The dataset has no columns of whole numbers: name its factors by --factor_columns a,b.")
+    require(len(whole) > 1, f"Only {whole[0]} is a column of whole numbers: name two or more by --factor_columns a,b.")
     return whole
 
 

@@ -55,7 +55,7 @@ def evaluate(
     if (folder / "model_index.json").is_file():
         return evaluate_pipeline(request, save, device, replace)
     loaded, processor = load_model(model, pick_device(device, float64=True))
-    table = "evaluate measures images, and this model takes a table: use its score_samples, or hf-ae anomaly"
+    table = "evaluate measures images, and this model takes a table: use hf-ae anomaly or hf-ae encode"
     require(processor.feature_columns is None, f"{table}.")
     tasks, data = applicable(loaded, request), Data(request, processor)
     pixels = data.pixels(data.split, request.max_images)

@@ -35,10 +35,12 @@ def map_dataset(
     labels = None if labels is None else labels[: len(images)]
     found = map_latents(encode_images(loaded, images), method)
     quality, title = map_quality(images, found.points, labels), Path(model).resolve().name
+    title = f"{title}: {Path(dataset_name).name}"
     if output.suffix == ".png":
+        title += f", {len(images):,} images, by {found.method}"
         draw_map(found.points, None if labels is None else labels.tolist(), names, title, output)
         return quality, [output]
-    decodes = write_map(output, loaded.cpu(), found, images, labels, names, f"{title}: {Path(dataset_name).name}")
+    decodes = write_map(output, loaded.cpu(), found, images, labels, names, title)
     return quality, [output, *([output.parent / RUNTIME] if decodes else [])]
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from ..errors import require
 from ..latents import encode_images
@@ -42,7 +43,8 @@ def representation(model: Any, data: Data, pixels: Tensor) -> tuple[dict[str, An
     """
     column, split = data.request.label_column or "label", data.request.train_split
     there = split in data.splits and split != data.split
-    require(there, f"Probes are fitted to training images: the dataset has no other split {split!r} (--train_split).")
+    advice = "--split and --train_split name two of the dataset's"
+    require(there, f"Probes need two splits, and there is no other split {split!r} than the measured one: {advice}.")
     test_labels = data.classes(data.split, column)[: len(pixels)].numpy()
     train_labels = data.classes(split, column).numpy()
     kinds = len(np.unique(train_labels))
@@ -52,7 +54,8 @@ def representation(model: Any, data: Data, pixels: Tensor) -> tuple[dict[str, An
     flat, size = (train.flatten(1).numpy(), images.flatten(1).numpy()), min(PCA_SIZE, x.shape[1])
     seen = {"latents": (x, y), "pixels": flat, f"PCA, {size}": components(flat[0], flat[1], size)}
     found: dict[str, Any] = {"images": len(pixels), "classes": kinds}
-    found["values"] = {name: probes(a, train_labels, b, test_labels) for name, (a, b) in seen.items()}
+    bar = tqdm(seen.items(), desc="fitting probes", leave=False)
+    found["values"] = {name: probes(a, train_labels, b, test_labels) for name, (a, b) in bar}
     return found | {"units": units(y, test_labels)}, None
 
 
@@ -60,7 +63,8 @@ def components(train: Array, test: Array, size: int) -> tuple[Array, Array]:
     """Both by the first principal components of `train`. Raises ValueError."""
     from sklearn.decomposition import PCA
 
-    require(size <= min(train.shape), f"{size} components need as many rows and values: there are {train.shape}.")
+    advice = "give more training images"
+    require(size <= min(train.shape), f"{size} components need as many rows and values, not {train.shape}: {advice}.")
     pca = PCA(size, random_state=0).fit(train)
     return pca.transform(train), pca.transform(test)
 

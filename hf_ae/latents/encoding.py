@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 
 from ..data import batch_for, check_column, image_column, open_dataset, rows_to_values, to_pixel_values, without_bars
 from ..data.images import Decoder, decoded, holds_bits, undecoded, values_of
+from ..data.tables import check_columns
 from ..errors import UserError, require
 from ..export import named
 from ..loading import eval_mode, image_processor_for, load_model
@@ -59,10 +60,13 @@ def encode_dataset(
         return datasets.DatasetDict(
             {name: encode_dataset(model, rows, keep_columns, split=name, **how) for name, rows in dataset.items()}
         )
-    require(hasattr(dataset, "num_rows"), "A stream has no known length: give a datasets.Dataset.")
+    require(
+        hasattr(dataset, "num_rows"), "Rows of no known length: give a datasets.Dataset (Dataset.from_list makes one)."
+    )
     require(0 <= task < num_tasks, f"task={task} must lie between 0 and num_tasks - 1, {num_tasks - 1}.")
     processor = processor or image_processor_for(model)
-    encoding = Encoding(model, processor, dataset, list(keep_columns), image_column, skip_broken_images)
+    keep = [keep_columns] if isinstance(keep_columns, str) else list(keep_columns)
+    encoding = Encoding(model, processor, dataset, keep, image_column, skip_broken_images)
     bar = tqdm(total=len(dataset), desc="encoding", mininterval=1.0, disable=not progress, leave=False)
     with bar, without_bars():
         if output_dir is None:
@@ -93,6 +97,7 @@ class Encoding:
             good = not name.startswith(("latents", "indices"))
             require(good, f"The column {name!r} has a name that the codes need: rename it first.")
         columns = self.processor.feature_columns
+        check_columns(self.rows, columns or [])
         self.images = self.rows.select_columns(columns) if self.is_table else undecoded(self.rows, str(self.column))
         self.size = max(1, min(MOST_ROWS, MOST_VALUES // math.prod(self.model.config.latent_shape)))
         self.bits: bool | None = None
@@ -119,12 +124,16 @@ class Encoding:
                 continue
             part = place / f".{files[i].name}"
             self.shard(i, bar).to_parquet(part)
+            self.claim(folder, split, write=True)  # only now: a folder without codes belongs to nobody
             os.replace(part, files[i])
         there = [str(file) for file in files if file.is_file()]
-        return datasets.Dataset.from_parquet(there, split=split)
+        # with more tasks than shards, a task may have none
+        return (
+            datasets.Dataset.from_parquet(there, split=split) if there else datasets.Dataset.from_dict({}, split=split)
+        )
 
-    def claim(self, folder: Path, split: str) -> None:
-        """Say what the shards are made of. Raises ValueError where the folder holds others."""
+    def claim(self, folder: Path, split: str, write: bool = False) -> None:
+        """Raise ValueError where the folder holds other shards; with `write`, say what these are made of."""
         path = folder / MANIFEST
         mine = {split: self.origin()}
         there = json.loads(path.read_text()) if path.is_file() else {}
@@ -133,9 +142,10 @@ class Encoding:
         require(same, f"{folder} holds latents of another model, of other rows or with other columns: {advice}")
         foreign = split not in there and any((folder / "data").glob(f"{split}-*"))
         require(not foreign, f"{folder} holds files of the split {split!r} that are not ours: {advice}")
-        part = folder / f"{MANIFEST}.{os.getpid()}"
-        part.write_text(json.dumps({**there, **mine}, indent=1))
-        os.replace(part, path)
+        if write and split not in there:
+            part = folder / f"{MANIFEST}.{os.getpid()}"
+            part.write_text(json.dumps({**there, **mine}, indent=1))
+            os.replace(part, path)
 
     def origin(self) -> dict[str, Any]:
         """What the latents depend on."""

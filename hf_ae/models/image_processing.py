@@ -246,7 +246,8 @@ def array_to_channels(array: NDArray[Any] | Tensor, num_channels: int) -> NDArra
             array = array.repeat(3, axis=0)
     if array.ndim != 3 or array.shape[0] != num_channels:
         shape = f"An image array of shape {array.shape}"
-        raise ValueError(f"{shape} has not {num_channels} channels, which this model takes.")
+        batch = f"(images, {num_channels}, height, width)"
+        raise ValueError(f"{shape} has not {num_channels} channels, which this model takes; a batch has {batch}.")
     return to_unit_range(array)
 
 

@@ -175,7 +175,7 @@ class AutoencoderModel(PreTrainedModel):
         values = math.prod(self.config.latent_shape)
         if values >= self.config.num_pixels and not self.is_regularized:
             logger.warning_once(
-                f"The latents have {values} values and the image only {self.config.num_pixels}, and nothing penalises "
+                f"The latents have {values} values and the input only {self.config.num_pixels}, and nothing penalises "
                 "them: this model can learn to copy its input without learning anything about it. Use a smaller "
                 "latent_dim or latent_channels, or a sparse, denoising, contractive or variational autoencoder."
             )
