@@ -72,17 +72,17 @@ def draw(found: dict[str, tuple[Any, Any, dict[str, Any]]], path: Path) -> None:
     left, right = figure.subplots(1, 2)
     for name, (latents, areas, _) in found.items():
         best = np.sort(areas.max(1))[::-1]
-        left.plot(np.linspace(0, 1, len(best)), best, label=f"{name}, {len(best):,} units")
+        left.plot(np.linspace(0, 1, len(best)), best)
         strength = np.sort(np.abs(latents), 1)[:, ::-1]
         share = (strength / strength.sum(1, keepdims=True).clip(1e-12)).mean(0).cumsum()
-        right.plot(np.arange(1, len(share) + 1) / len(share), share, label=name)
+        right.plot(np.arange(1, len(share) + 1) / len(share), share, label=f"{name}, {len(share):,} units")
     left.set(
         xlabel="fraction of the units", ylabel="area under the ROC curve", title="how well a unit tells its best class"
     )
     right.set(
         xlabel="fraction of the units", ylabel="of all activity", title="an image's activity in its strongest units"
     )
-    left.legend(frameon=False, fontsize=9)
+    right.legend(frameon=False, fontsize=9)
     for axis in (left, right):
         axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(path)

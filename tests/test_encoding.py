@@ -81,7 +81,9 @@ def test_columns_stay_beside_their_latents_and_broken_rows_go(tmp_path, monkeypa
 
 
 @pytest.mark.parametrize(
-    "order", [[(0, 1)], [(1, 2), (0, 2)], [(2, 3), (0, 3), (1, 3)], [(8, 9), (7, 9), *((i, 9) for i in range(7))]], ids=len
+    "order",
+    [[(0, 1)], [(1, 2), (0, 2)], [(2, 3), (0, 3), (1, 3)], [(8, 9), (7, 9), *((i, 9) for i in range(7))]],
+    ids=len,
 )
 def test_any_number_of_tasks_writes_the_same_rows(order, rows, tmp_path, monkeypatch):
     monkeypatch.setattr(encoding, "MOST_ROWS", 6)
