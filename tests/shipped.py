@@ -11,7 +11,7 @@ PIPELINES = sorted(path.parent for path in ROOT.glob("model_cards/*/model_index.
 
 def as_in_git(folder: Path, target: Path) -> Path:
     """A copy, with links to the weights, without the code that `make cards` and `hf-ae push` write."""
-    own = ("dataset.py", "align_text_encoder.py")
+    own = ("dataset.py", "align_text_encoder.py", "scenes.py")
 
     def written(_, names):
         return [name for name in names if name == "__pycache__" or (name.endswith(".py") and name not in own)]

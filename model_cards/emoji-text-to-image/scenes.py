@@ -12,6 +12,7 @@ import colorsys
 import itertools
 import json
 import random
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,22 +24,26 @@ from PIL import Image
 from hf_ae.data import open_dataset
 
 SIDE = 64
-COMMON = (
-    "red apple,banana,pizza,hamburger,birthday cake,doughnut,cookie,ice cream,hot beverage,beer mug,wine glass,carrot,"
-    "broccoli,mushroom,cherries,strawberry,watermelon,lemon,pineapple,grapes,egg,cheese wedge,bread,pancakes,cat,dog,"
-    "cat face,dog face,mouse face,rabbit face,fox,bear,panda,lion,tiger face,cow face,pig face,frog,monkey face,"
-    "elephant,giraffe,horse,unicorn,ewe,chicken,penguin,owl,duck,eagle,butterfly,honeybee,lady beetle,snail,turtle,"
-    "snake,octopus,crab,fish,whale,dolphin,shark,house,castle,tent,automobile,bus,fire engine,bicycle,locomotive,"
-    "airplane,helicopter,rocket,sailboat,ship,anchor,sun,crescent moon,star,cloud,rainbow,snowflake,fire,droplet,"
-    "umbrella,evergreen tree,palm tree,cactus,sunflower,rose,tulip,four leaf clover,maple leaf,red heart,crown,"
-    "gem stone,ring,top hat,glasses,necktie,t-shirt,jeans,dress,running shoe,backpack,handbag,key,hammer,scissors,"
-    "pencil,open book,books,envelope,wrapped gift,balloon,teddy bear,soccer ball,basketball,trophy,guitar,trumpet,drum,violin,"
-    "mantelpiece clock,alarm clock,hourglass not done,light bulb,candle,bell,camera,television,laptop,mobile phone,robot,ghost,"
-    "alien,skull,snowman,jack-o-lantern,christmas tree,globe showing europe-africa,mountain,volcano,deciduous tree"
-).split(",")  # fmt: skip
+NAMES = (
+    "red apple,banana,pizza,hamburger,birthday cake,doughnut,cookie,ice cream,hot beverage,beer mug,"
+    "wine glass,carrot,broccoli,mushroom,cherries,strawberry,watermelon,lemon,pineapple,grapes,egg,"
+    "cheese wedge,bread,pancakes,cat,dog,cat face,dog face,mouse face,rabbit face,fox,bear,panda,"
+    "lion,tiger face,cow face,pig face,frog,monkey face,elephant,giraffe,horse,unicorn,ewe,chicken,"
+    "penguin,owl,duck,eagle,butterfly,honeybee,lady beetle,snail,turtle,snake,octopus,crab,fish,"
+    "whale,dolphin,shark,house,castle,tent,automobile,bus,fire engine,bicycle,locomotive,airplane,"
+    "helicopter,rocket,sailboat,ship,anchor,sun,crescent moon,star,cloud,rainbow,snowflake,fire,"
+    "droplet,umbrella,evergreen tree,palm tree,cactus,sunflower,rose,tulip,four leaf clover,maple leaf,"
+    "red heart,crown,gem stone,ring,top hat,glasses,necktie,t-shirt,jeans,dress,running shoe,backpack,"
+    "handbag,key,hammer,scissors,pencil,open book,books,envelope,wrapped gift,balloon,teddy bear,"
+    "soccer ball,basketball,trophy,guitar,trumpet,drum,violin,mantelpiece clock,alarm clock,"
+    "hourglass not done,light bulb,candle,bell,camera,television,laptop,mobile phone,robot,ghost,alien,"
+    "skull,snowman,jack-o-lantern,christmas tree,globe showing europe-africa,mountain,volcano,"
+    "deciduous tree"
+)
+COMMON = NAMES.split(",")
 COLORS: dict[str, tuple[float, float, float, float]] = {
-    "red": (0, 0.85, 0, 1), "orange": (28, 0.9, 0.1, 0.9), "yellow": (50, 0.85, 0.2, 0.8), "green": (125, 0.75, 0, 0.8),
-    "blue": (215, 0.8, 0.05, 0.9), "purple": (275, 0.65, 0, 0.9), "pink": (335, 0.4, 0.35, 0.65),
+    "red": (0, 0.85, 0, 1), "orange": (28, 0.9, 0.1, 0.9), "yellow": (50, 0.85, 0.2, 0.8),
+    "green": (125, 0.75, 0, 0.8), "blue": (215, 0.8, 0.05, 0.9), "purple": (275, 0.65, 0, 0.9), "pink": (335, 0.4, 0.35, 0.65),
     "brown": (25, 0.65, 0, 0.6), "black": (0, 0, 0, 0.25), "white": (0, 0, 0.7, 0.3),
 }  # fmt: skip
 """Name -> hue in degrees, saturation, and offset and slope of the new brightness."""
@@ -213,8 +218,9 @@ def main() -> None:
     texts = datasets.List(datasets.Value("string"))
     features = datasets.Features({"styled": texts, "plain": texts, "image": datasets.Image()})
     args.output.mkdir(parents=True, exist_ok=True)
-    found = datasets.Dataset.from_generator(examples, features=features, cache_dir=str(args.output / "cache"))
-    found.to_parquet(args.output / "train.parquet")
+    with tempfile.TemporaryDirectory(dir=args.output) as cache:
+        found = datasets.Dataset.from_generator(examples, features=features, cache_dir=cache)
+        found.to_parquet(args.output / "train.parquet")
     (args.output / "held_out.json").write_text(json.dumps(listed, indent=0))
     print(f"{args.output}: {len(found):,} images, {args.scenes:,} of them scenes")
 
