@@ -43,8 +43,8 @@ NAMES = (
 COMMON = NAMES.split(",")
 COLORS: dict[str, tuple[float, float, float, float]] = {
     "red": (0, 0.85, 0, 1), "orange": (28, 0.9, 0.1, 0.9), "yellow": (50, 0.85, 0.2, 0.8),
-    "green": (125, 0.75, 0, 0.8), "blue": (215, 0.8, 0.05, 0.9), "purple": (275, 0.65, 0, 0.9), "pink": (335, 0.4, 0.35, 0.65),
-    "brown": (25, 0.65, 0, 0.6), "black": (0, 0, 0, 0.25), "white": (0, 0, 0.7, 0.3),
+    "green": (125, 0.75, 0, 0.8), "blue": (215, 0.8, 0.05, 0.9), "purple": (275, 0.65, 0, 0.9),
+    "pink": (335, 0.4, 0.35, 0.65), "brown": (25, 0.65, 0, 0.6), "black": (0, 0, 0, 0.25), "white": (0, 0, 0.7, 0.3),
 }  # fmt: skip
 """Name -> hue in degrees, saturation, and offset and slope of the new brightness."""
 COLORFUL = ("shaded", "flat", "blob", "soft 3d", "cartoon", "classic", "retro")
