@@ -128,4 +128,4 @@ class Clock:
         now = time.perf_counter()
         rate = (self.images - self.first[1]) / max(now - self.first[0], 1e-9)
         took = f"{now - self.begun:.1f} s ({rate:,.0f} images/s after the first step)"
-        return f"Trained on {self.images:,} examples in {took}."
+        return f"Trained on {self.images:,} images in {took}."
