@@ -1,6 +1,6 @@
 """Prepare the dataset of things in styles: `python scenes.py EMOJI_STYLES OUTPUT [--scenes 30000] [--seed 0]`.
 
-EMOJI_STYLES is a dataset with the columns image, text (the name), keywords, style, emoji and skin_tone. OUTPUT becomes
+EMOJI_STYLES is a dataset with the columns image, text (the name), keywords, style and skin_tone. OUTPUT becomes
 a dataset of 64×64 images with the columns `styled` and `plain`, captions that name a style and such that do not, and
 holds each emoji `--copies` times, and scenes composed of one or two of them: pairs beside or above each other, two or
 three of one thing, small things, and recoloured ones. A tenth of the pairs of COMMON things, and a tenth of the pairs
