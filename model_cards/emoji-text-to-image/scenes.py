@@ -172,14 +172,8 @@ def names_of(row: dict[str, Any]) -> Captions:
     """Captions of an emoji."""
     name, style = row["text"].lower(), row["style"]
     others = [word.lower() for word in row["keywords"] if word.lower() != name][:6]
-    styled = [
-        f"{name}, {style}",
-        f"{name}, {style}",
-        f"{style} {name}",
-        f"a {style} {name}",
-        f"{row['emoji']}, {style}",
-    ]
-    return styled + [f"{word}, {style}" for word in others], [name, name, f"a {name}", row["emoji"], *others]
+    styled = [f"{name}, {style}", f"{name}, {style}", f"{style} {name}", f"a {style} {name}"]
+    return styled + [f"{word}, {style}" for word in others], [name, name, f"a {name}", *others]
 
 
 def choose_held_out(seed: int = 0) -> dict[str, list[list[str]]]:
