@@ -343,9 +343,9 @@ def finish(args: ImageTrainingArguments, run: Run, processor: Any, images: Any) 
         write_card(folder)
         if measure(model, images):  # only now, since it reads the data again
             save_model(model, folder, args.save_dtype)
-        verb, command = ("use", "encode") if args.feature_columns else ("measure", "evaluate")
-        place = f" -o {folder}-codes" if args.feature_columns else ""
-        advice = f"{verb} it with  hf-ae {command} {folder} --dataset_name {args.dataset_name}{place}"
+        command = "use it with  hf-ae encode" if args.feature_columns else "measure it with  hf-ae evaluate"
+        advice = f"{command} {folder} --dataset_name {args.dataset_name}"
+        advice += f" -o {folder}-codes" if args.feature_columns else ""
         run.print(f"The model is in {folder}: {advice}")
         publish(args, run.print)
 

@@ -93,7 +93,7 @@ def test_wrong_input_has_one_line(plane, tmp_path, capsys):
     command = ["map", plane, "--dataset_name", SAMPLE]
     fails(capsys, [*command, "-o", tmp_path / "map.html", "--label_column", "kind"], "no column 'kind'")
     fails(capsys, [*command, "-o", tmp_path / "map.pdf"], "must end in .html or .png")
-    fails(capsys, [*command, "-o", tmp_path / "map.png", "--method", "som"], "The method 'som' is not known")
+    fails(capsys, [*command, "-o", tmp_path / "map.png", "--method", "som"], "method='som' is not known")
     assert not list(tmp_path.iterdir())
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..anomaly import FILE, PARTS, AnomalyDetector
 from ..data import evaluation_split, open_dataset, pick_split, read_labels, read_rows, without_bars
 from ..data import image_column as find_image_column
-from ..data.images import undecoded, values_of
+from ..data.images import undecoded
 from ..errors import require
 from ..latents import reconstruct
 from ..latents.sampling import file_beside
@@ -94,17 +94,20 @@ def rivals(train: Tensor, test: Tensor, seed: int = 0) -> Iterator[tuple[str, Ar
 
 
 def detector_of(
-    name: str, splits: Any, judged: str, image_column: str | None, refit: bool, options: dict[str, Any],
-    device: str | None = None,
+    name: str, splits: Any, judged: str, train_split: str | None, image_column: str | None, refit: bool,
+    options: dict[str, Any], device: str | None = None,
 ) -> AnomalyDetector:  # fmt: skip
-    """The detector beside a model, or one that is fitted to `options["train_split"]` of a dataset and saved there,
-    where the model is in a folder and the fitted split is not the one to be judged. Raises ValueError."""
+    """The detector beside a model, or one that is fitted to `train_split` (default: train) of a dataset and saved
+    there, where the model is in a folder and the fitted split is not the one to be judged. Raises ValueError."""
     if file_beside(name, FILE) is not None and not refit:
-        require(not options, f"{name} has a detector: write --refit to fit one with other options or rows.")
+        require(
+            not options and train_split is None,
+            f"{name} has a detector: write --refit to fit one with other options or rows.",
+        )
         detector = AnomalyDetector.from_pretrained(name)
         detector.model.to(pick_device(device))
         return detector
-    split = options.pop("train_split", "train")
+    split = train_split or "train"
     normal = pick_split(splits, split)
     model, processor = load_model(name, pick_device(device))
     detector = AnomalyDetector(model, processor=processor, **options)
@@ -124,12 +127,12 @@ def score_table(detector: AnomalyDetector, rows: Any, image_column: str | None, 
 
     pixels = read_rows(rows, detector.processor, image_column, progress=True)
     scores = detector.score_samples(pixels)
-    if detector.processor.feature_columns is None:
-        labelled_rows(unusual(detector, pixels[torch.from_numpy(scores).argsort()[:12]]), figure)
     plain = [name for name, kind in rows.features.items() if isinstance(kind, datasets.Value | datasets.ClassLabel)]
     table: dict[str, Any] = {"row": np.arange(len(scores)), "score": scores, "outlier": scores < detector.offset_}
-    if detector.processor.feature_columns is None and any(files := image_files(rows, image_column)):
-        table["file"] = files
+    if detector.processor.feature_columns is None:
+        labelled_rows(unusual(detector, pixels[torch.from_numpy(scores).argsort()[:12]]), figure)
+        files = image_files(rows, find_image_column(rows, image_column))
+        table |= {"file": files} if any(files) else {}
     kept = [name for name in plain if name not in table]
     with without_bars():
         found = datasets.Dataset.from_dict(table)
@@ -137,11 +140,15 @@ def score_table(detector: AnomalyDetector, rows: Any, image_column: str | None, 
         return datasets.concatenate_datasets([found, others], axis=1) if kept else found
 
 
-def image_files(rows: Any, column: str | None) -> list[str | None]:
-    """The file that each image came from, where that is known."""
-    column = find_image_column(rows, column)
-    values = values_of(undecoded(rows, column), column)
-    return [value.get("path") if isinstance(value, dict) else None for value in values]
+def image_files(rows: Any, column: str) -> list[str | None]:
+    """The file that each image came from, where that is known; nothing of a column of arrays."""
+    import datasets
+    import pyarrow.compute
+
+    if not isinstance(rows.features[column], datasets.Image):
+        return []
+    parts = undecoded(rows, column).with_format("arrow").iter(1000)  # the bytes stay where they are
+    return [file for part in parts for file in pyarrow.compute.struct_field(part[column], "path").to_pylist()]
 
 
 def anomaly(model: Any, data: Data, pixels: Tensor) -> tuple[dict[str, Any], dict[str, Tensor]]:

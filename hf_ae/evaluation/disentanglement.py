@@ -19,8 +19,9 @@ from .request import Data, names
 IMAGES = 10_000
 """Rows that the scores are measured on, drawn at random: as many as disentanglement_lib takes."""
 LEAST_IMAGES = 100
+"""With fewer, scores of classifiers mean nothing."""
 DCI_IMAGES = 2_000
-"""Of them those that boosted trees see, which takes a minute; ten times as long with all."""
+"""Of IMAGES those that boosted trees see, which takes a minute; ten times as long with all."""
 
 
 def disentanglement(model: Any, data: Data, pixels: Tensor) -> tuple[dict[str, Any], dict[str, Tensor]]:

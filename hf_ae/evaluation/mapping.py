@@ -11,7 +11,7 @@ from ..data import evaluation_split, open_dataset, pick_split, read_labels, read
 from ..errors import UserError, require
 from ..latents import encode_images
 from ..latents.map_page import RUNTIME, write_map
-from ..latents.maps import map_latents, map_quality
+from ..latents.maps import check_method, map_latents, map_quality
 from ..loading import load_model, pick_device
 from ..plots import new_figure, scatter_of_classes
 
@@ -25,6 +25,7 @@ def map_dataset(
 
     `output`: .html for a page, .png for a figure. Raises ValueError.
     """
+    check_method(method)  # now, and not after the decoding
     loaded, processor = load_model(model, pick_device(device))
     splits = open_dataset(dataset_name, config)
     split = evaluation_split(splits, split)
@@ -34,11 +35,11 @@ def map_dataset(
     labels, names = classes_of(splits, split, label_column)
     labels = None if labels is None else labels[: len(images)]
     found = map_latents(encode_images(loaded, images), method)
-    quality, title = map_quality(images, found.points, labels), Path(model).resolve().name
-    title = f"{title}: {Path(dataset_name).name}"
+    quality = map_quality(images, found.points, labels)
+    title = f"{Path(model).resolve().name}: {Path(dataset_name).name}"
     if output.suffix == ".png":
-        title += f", {len(images):,} images, by {found.method}"
-        draw_map(found.points, None if labels is None else labels.tolist(), names, title, output)
+        about = f"{title}, {len(images):,} images, by {found.method}"
+        draw_map(found.points, None if labels is None else labels.tolist(), names, about, output)
         return quality, [output]
     decodes = write_map(output, loaded.cpu(), found, images, labels, names, title)
     return quality, [output, *([output.parent / RUNTIME] if decodes else [])]

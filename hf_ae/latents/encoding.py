@@ -10,6 +10,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -60,9 +61,8 @@ def encode_dataset(
         return datasets.DatasetDict(
             {name: encode_dataset(model, rows, keep_columns, split=name, **how) for name, rows in dataset.items()}
         )
-    require(
-        hasattr(dataset, "num_rows"), "Rows of no known length: give a datasets.Dataset (Dataset.from_list makes one)."
-    )
+    advice = "give a datasets.Dataset (Dataset.from_list makes one)."
+    require(hasattr(dataset, "num_rows"), f"Rows of no known length: {advice}")
     require(0 <= task < num_tasks, f"task={task} must lie between 0 and num_tasks - 1, {num_tasks - 1}.")
     processor = processor or image_processor_for(model)
     keep = [keep_columns] if isinstance(keep_columns, str) else list(keep_columns)
@@ -127,15 +127,14 @@ class Encoding:
             self.claim(folder, split, write=True)  # only now: a folder without codes belongs to nobody
             os.replace(part, files[i])
         there = [str(file) for file in files if file.is_file()]
-        # with more tasks than shards, a task may have none
-        return (
-            datasets.Dataset.from_parquet(there, split=split) if there else datasets.Dataset.from_dict({}, split=split)
-        )
+        if not there:  # more tasks than shards
+            return datasets.Dataset.from_dict({}, split=split)
+        return datasets.Dataset.from_parquet(there, split=split)
 
     def claim(self, folder: Path, split: str, write: bool = False) -> None:
         """Raise ValueError where the folder holds other shards; with `write`, say what these are made of."""
         path = folder / MANIFEST
-        mine = {split: self.origin()}
+        mine = {split: self.origin}
         there = json.loads(path.read_text()) if path.is_file() else {}
         advice = "choose another folder, or empty this one."
         same = there.get(split, mine[split]) == mine[split]
@@ -147,8 +146,9 @@ class Encoding:
             part.write_text(json.dumps({**there, **mine}, indent=1))
             os.replace(part, path)
 
+    @cached_property
     def origin(self) -> dict[str, Any]:
-        """What the latents depend on."""
+        """What the latents depend on: a hash of all weights among it, so it is found once."""
         ends = [str(self.images[i])[:10_000] for i in (0, len(self.rows) - 1)]
         kept = {name: str(self.rows.features[name]) for name in self.keep}
         rows = {"rows": len(self.rows), "ends": hashlib.sha256("".join(ends).encode()).hexdigest(), "kept": kept}

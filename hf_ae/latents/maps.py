@@ -40,6 +40,12 @@ class Map:
         return self.axes is not None
 
 
+def check_method(method: str | None) -> None:
+    """Raise ValueError unless a map can be made by that method; None stands for the default."""
+    known = method is None or method in METHODS
+    require(known, f"method={method!r} is not known: write one of {', '.join(METHODS)}.")
+
+
 def map_latents(latents: Tensor, method: str | None = None, seed: int = 0) -> Map:
     """Latents (images, *shape) -> a map of them.
 
@@ -49,7 +55,7 @@ def map_latents(latents: Tensor, method: str | None = None, seed: int = 0) -> Ma
     """
     values = latents.flatten(1).double().numpy()
     method = method or ("latents" if values.shape[1] == 2 else "pca")
-    require(method in METHODS, f"method={method!r} is not known: write one of {', '.join(METHODS)}.")
+    check_method(method)
     require(len(values) >= FEWEST, f"{len(values)} images are too few for a map: give at least {FEWEST}.")
     require(bool(np.isfinite(values).all()), "The latents hold NaN or infinity: the model does not fit these images.")
     if method == "latents":
