@@ -1,5 +1,7 @@
 """Tables of numbers: trained by the script, reloaded, encoded and searched for outliers, in their own units."""
 
+import shutil
+
 import datasets
 import numpy as np
 import pandas
@@ -11,6 +13,7 @@ from transformers import AutoImageProcessor, AutoModel
 
 import hf_ae
 from hf_ae import train
+from hf_ae.data import open_dataset
 from hf_ae.hub.push import check_folder
 
 NAMES = ["alcohol", "hue", "proline", "magnesium"]
@@ -96,6 +99,14 @@ def test_rows_are_encoded_and_searched_for_outliers(trained, folder, tmp_path, f
     fails(
         capsys, ["anomaly", trained, *words, tmp_path / "scores.csv"], "There is no column hue, which the model takes"
     )
+
+
+def test_a_folder_may_have_the_name_of_a_kind_of_dataset(folder, tmp_path, monkeypatch):
+    shutil.copytree(folder, tmp_path / "csv")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "train.csv").write_text("a,b\n1,2\n")
+    monkeypatch.chdir(tmp_path)
+    assert open_dataset("csv").column_names == open_dataset(str(folder)).column_names
 
 
 def test_a_failed_encoding_leaves_its_folder_free(trained, tmp_path, frame, capsys):

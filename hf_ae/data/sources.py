@@ -29,6 +29,7 @@ def open_dataset(name: str, config_name: str | None = None, streaming: bool = Fa
     require(not Path(name).is_file(), f"The dataset {name!r} is a file: write the folder that holds it.")
     copy = Path(os.environ.get("HF_AE_DATASETS", "/nonexistent"), name.split("/")[-1])
     place = str(copy) if copy.is_dir() and not Path(name).exists() else name
+    place = os.path.join(".", place) if Path(place).is_dir() else place  # a folder "csv" is no kind of dataset
     try:
         with without_bars():
             return datasets.load_dataset(place, config_name, streaming=streaming)
