@@ -22,14 +22,7 @@ import hf_ae
 from hf_ae.data import image_column, num_batches, open_dataset, pick_split, row_batches
 from hf_ae.diffusion.captions import Captions, cached_latents
 from hf_ae.diffusion.denoiser import BETA_SCHEDULES, PREDICTIONS, LatentDiffusion, make_scheduler, make_unet
-from hf_ae.diffusion.text_encoders import (
-    all_text_states,
-    load_text_encoder,
-    make_prior,
-    new_text_encoder,
-    text_states,
-    tokenize,
-)
+from hf_ae.diffusion.text_encoders import TextStates, load_text_encoder, make_prior, new_text_encoder, tokenize
 from hf_ae.errors import one_line_errors, require
 from hf_ae.hub.pipeline_folder import save_pipeline
 from hf_ae.hub.push import check_publishing, publish
@@ -168,23 +161,20 @@ def take_steps(
     between."""
     accelerator, device, captions = run.accelerator, run.accelerator.device, text.captions
     tokens = tokenize(text.tokenizer, captions.texts, device)
-    states = None if text.is_trained else all_text_states(text.encoder, tokens)
+    states = None if text.is_trained else TextStates(text.encoder, tokens)
     run.open()
     while run.unfinished:
         for rows in row_batches(len(captions), args.train_batch_size, run.progress.epoch, **run.place):
             with accelerator.accumulate(run.model):
                 generator = random.Random(int(torch.randint(2**62, ())))  # from the random state that checkpoints hold
-                index = captions.draw(rows, args.caption_dropout, generator).to(device)
-                chosen = {name: values[index] for name, values in tokens.items()}
+                index = captions.draw(rows, args.caption_dropout, generator)
                 clean = latents[rows].to(device)
-                if text.is_trained:
-                    output = run.model(clean, tokens=chosen)
-                elif states is not None:
-                    output = run.model(clean, text=states[index].to(clean.dtype))
+                if states is None:
+                    output = run.model(clean, tokens={name: values[index] for name, values in tokens.items()})
                 else:
-                    with torch.no_grad():
-                        found = text_states(text.encoder, **chosen)
-                    output = run.model(clean, text=found)
+                    with accelerator.autocast():
+                        text_input = states(index)
+                    output = run.model(clean, text=text_input.to(clean.dtype))
                 accelerator.backward(output.loss)
                 run.update_weights()
             if run.step_done(output, len(rows)):

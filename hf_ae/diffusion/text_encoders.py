@@ -18,8 +18,8 @@ from .captions import Captions
 
 VOCABULARY = 8000
 """Most words of a new tokenizer; others are spelled."""
-KEEP_STATES = 2**31
-"""Text states of so many bytes are computed once and kept; more are computed in each step."""
+KEEP_STATES = 2**32
+"""Bytes of text states that are kept; those of further captions are computed whenever they are drawn."""
 
 
 def new_text_encoder(texts: list[str], fields: dict[str, Any], max_length: int, seed: int) -> tuple[Any, Any]:
@@ -74,14 +74,33 @@ def text_states(text_encoder: Any, input_ids: Tensor, attention_mask: Tensor) ->
     return text_encoder(input_ids, attention_mask=attention_mask if masked else None)[0]
 
 
-@torch.no_grad()
-def all_text_states(text_encoder: Any, tokens: dict[str, Tensor]) -> Tensor | None:
-    """States of every caption, float16 where the encoder's are float32; None where they would take too much memory."""
-    count, length = tokens["input_ids"].shape
-    if 2 * count * length * text_encoder.config.hidden_size > KEEP_STATES:
-        return None
-    ids, mask = tokens["input_ids"].split(256), tokens["attention_mask"].split(256)
-    return torch.cat([text_states(text_encoder, i, m).to(torch.float16) for i, m in zip(ids, mask)])
+class TextStates:
+    """The states of captions under a frozen text encoder: computed when they are drawn first, and kept in float16."""
+
+    def __init__(self, text_encoder: Any, tokens: dict[str, Tensor]) -> None:
+        self.text_encoder, self.tokens = text_encoder, tokens
+        count, length = tokens["input_ids"].shape
+        size = length * text_encoder.config.hidden_size
+        self.known = torch.zeros(min(count, KEEP_STATES // (2 * size)), dtype=torch.bool)
+        device = tokens["input_ids"].device
+        self.kept = torch.empty(len(self.known), length, size // length, dtype=torch.float16, device=device)
+
+    @torch.no_grad()
+    def __call__(self, index: Tensor) -> Tensor:
+        """index: captions (batch,), on the CPU -> their states (batch, length, width), float16."""
+        kept = index < len(self.known)
+        new = index[kept][~self.known[index[kept]]].unique()
+        if len(new):
+            self.kept[new] = self.compute(new)
+            self.known[new] = True
+        states = self.kept[index.clamp(max=len(self.known) - 1)]
+        if not kept.all():
+            states[~kept] = self.compute(index[~kept])
+        return states
+
+    def compute(self, index: Tensor) -> Tensor:
+        chosen = {name: values[index] for name, values in self.tokens.items()}
+        return text_states(self.text_encoder, **chosen).to(torch.float16)
 
 
 def mean_states(text_encoder: Any, tokens: dict[str, Tensor]) -> Tensor:

@@ -1,10 +1,12 @@
-"""Prepare the dataset of things in styles: `python scenes.py EMOJI_STYLES OUTPUT [--scenes 30000] [--seed 0]`.
+"""Prepare the datasets of things in styles: `python scenes.py EMOJI_STYLES EMOJI OUTPUT [--scenes 30000] [--seed 0]`.
 
-EMOJI_STYLES is a dataset with the columns image, text (the name), keywords, style and skin_tone. OUTPUT becomes
-a dataset of 64×64 images with the columns `styled` and `plain`, captions that name a style and such that do not, and
-holds each emoji `--copies` times, and scenes composed of one or two of them: pairs beside or above each other, two or
-three of one thing, small things, and recoloured ones. A tenth of the pairs of COMMON things, and a tenth of the pairs
-of such a thing and a colour, are in no scene: `held_out.json` lists them.
+EMOJI_STYLES is a dataset with the columns image, text (the name), keywords, style and skin_tone; EMOJI is made by
+dataset.py, and its `held_out_keywords` are no captions here either. OUTPUT/things becomes a dataset of the emoji
+without a skin tone, for the text encoder, and OUTPUT/scenes one of 64×64 images with the columns `styled` and `plain`,
+captions that name a style and such that do not. It holds each emoji `--copies` times, and scenes composed of one or two
+of them: pairs beside or above each other, two or three of one thing, small things, and recoloured ones. A tenth of the
+pairs of COMMON things, and a tenth of the pairs of such a thing and a colour, are in no scene: `held_out.json` lists
+them.
 """
 
 import argparse
@@ -171,9 +173,20 @@ def with_style(phrases: list[str], style: str) -> Captions:
 def names_of(row: dict[str, Any]) -> Captions:
     """Captions of an emoji."""
     name, style = row["text"].lower(), row["style"]
-    others = [word.lower() for word in row["keywords"] if word.lower() != name][:6]
+    others = [word.lower() for word in row["keywords"]][:6]
     styled = [f"{name}, {style}", f"{name}, {style}", f"{style} {name}", f"a {style} {name}"]
     return styled + [f"{word}, {style}" for word in others], [name, name, f"a {name}", *others]
+
+
+def without_held_out(rows: Any, emoji: str) -> Any:
+    """The rows, with keywords that differ from the name and that `emoji` does not hold out."""
+    splits = open_dataset(emoji)
+    held_out = {word for part in ("train", "test") for words in splits[part]["held_out_keywords"] for word in words}
+
+    def keep(row: dict[str, Any]) -> dict[str, list[str]]:
+        return {"keywords": [w for w in row["keywords"] if w not in held_out and w.lower() != row["text"].lower()]}
+
+    return rows.map(keep)
 
 
 def choose_held_out(seed: int = 0) -> dict[str, list[list[str]]]:
@@ -190,13 +203,14 @@ def is_held_out(pairs: Any, a: str, b: str) -> bool:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("dataset")
+    parser.add_argument("emoji_styles")
+    parser.add_argument("emoji")
     parser.add_argument("output", type=Path)
     parser.add_argument("--scenes", type=int, default=30_000)
     parser.add_argument("--copies", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    rows, listed = open_dataset(args.dataset)["train"], choose_held_out()
+    rows, listed = without_held_out(open_dataset(args.emoji_styles)["train"], args.emoji), choose_held_out()
     scenes = Scenes(rows, {kind: {tuple(pair) for pair in pairs} for kind, pairs in listed.items()}, args.seed)
     kinds = scenes.random.choices(list(KINDS), list(KINDS.values()), k=args.scenes)
 
@@ -211,12 +225,17 @@ def main() -> None:
 
     texts = datasets.List(datasets.Value("string"))
     features = datasets.Features({"styled": texts, "plain": texts, "image": datasets.Image()})
-    args.output.mkdir(parents=True, exist_ok=True)
+    for name in ("scenes", "things"):
+        (args.output / name).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=args.output) as cache:
         found = datasets.Dataset.from_generator(examples, features=features, cache_dir=cache)
-        found.to_parquet(args.output / "train.parquet")
+        found.to_parquet(args.output / "scenes" / "train.parquet")
+    things = rows.filter(lambda tone: not tone, input_columns="skin_tone").select_columns(
+        ["image", "text", "keywords"]
+    )
+    things.to_parquet(args.output / "things" / "train.parquet")
     (args.output / "held_out.json").write_text(json.dumps(listed, indent=0))
-    print(f"{args.output}: {len(found):,} images, {args.scenes:,} of them scenes")
+    print(f"{args.output}: {len(things):,} things; {len(found):,} images, {args.scenes:,} of them scenes")
 
 
 if __name__ == "__main__":
