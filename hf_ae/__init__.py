@@ -13,6 +13,7 @@ from transformers.pipelines import PIPELINE_REGISTRY
 
 from .models.configuration_autoencoder import AutoencoderConfig
 from .models.configuration_compressive import CompressiveAutoencoderConfig
+from .models.configuration_prompt_discriminator import PromptDiscriminatorConfig
 from .models.configuration_regularized import (
     ContractiveAutoencoderConfig,
     DenoisingAutoencoderConfig,
@@ -23,6 +24,7 @@ from .models.configuration_vqvae import VQVAE2Config, VQVAEConfig
 from .models.image_processing import AutoencoderImageProcessor
 from .models.modeling_autoencoder import AutoencoderModel
 from .models.modeling_compressive import CompressiveAutoencoderModel
+from .models.modeling_prompt_discriminator import PromptDiscriminatorModel
 from .models.modeling_regularized import ContractiveAutoencoderModel, DenoisingAutoencoderModel, SparseAutoencoderModel
 from .models.modeling_vae import BetaVAEModel, VAEModel
 from .models.modeling_vaegan import DiscriminatorModel, VAEGANModel
@@ -57,6 +59,8 @@ for _model_type, _model in MODELS.items():
 
 AutoConfig.register(DiscriminatorConfig.model_type, DiscriminatorConfig, exist_ok=True)
 AutoModel.register(DiscriminatorConfig, DiscriminatorModel, exist_ok=True)
+AutoConfig.register(PromptDiscriminatorConfig.model_type, PromptDiscriminatorConfig, exist_ok=True)
+AutoModel.register(PromptDiscriminatorConfig, PromptDiscriminatorModel, exist_ok=True)
 
 # The class by name, imported when a pipeline is made. Of other models it does what transformers' own does.
 PIPELINE_REGISTRY.supported_tasks["image-feature-extraction"]["impl"] = (
@@ -85,6 +89,7 @@ __all__ = [
     "MODELS", "AutoencoderConfig", "AutoencoderImageProcessor", "AutoencoderModel", "BetaVAEConfig", "BetaVAEModel",
     "CompressiveAutoencoderConfig", "CompressiveAutoencoderModel", "ContractiveAutoencoderConfig",
     "ContractiveAutoencoderModel", "DenoisingAutoencoderConfig", "DenoisingAutoencoderModel", "DiscriminatorConfig",
-    "DiscriminatorModel", "SparseAutoencoderConfig", "SparseAutoencoderModel", "VAEConfig", "VAEGANConfig",
-    "VAEGANModel", "VAEModel", "VQVAE2Config", "VQVAE2Model", "VQVAEConfig", "VQVAEModel",
+    "DiscriminatorModel", "PromptDiscriminatorConfig", "PromptDiscriminatorModel", "SparseAutoencoderConfig",
+    "SparseAutoencoderModel", "VAEConfig", "VAEGANConfig", "VAEGANModel", "VAEModel", "VQVAE2Config", "VQVAE2Model",
+    "VQVAEConfig", "VQVAEModel",
 ]  # fmt: skip

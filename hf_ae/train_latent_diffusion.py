@@ -20,7 +20,7 @@ from torch import Tensor
 
 import hf_ae
 from hf_ae.data import image_column, num_batches, open_dataset, pick_split, row_batches
-from hf_ae.diffusion.captions import Captions, cached_latents
+from hf_ae.diffusion.captions import Captions, cached_latents, split_list
 from hf_ae.diffusion.denoiser import BETA_SCHEDULES, PREDICTIONS, LatentDiffusion, make_scheduler, make_unet
 from hf_ae.diffusion.text_encoders import TextStates, load_text_encoder, make_prior, new_text_encoder, tokenize
 from hf_ae.errors import one_line_errors, require
@@ -189,11 +189,6 @@ def take_steps(
             with run.clock.paused():
                 validate(args, run, captions, pipeline())
     run.close()
-
-
-def split_list(text: str) -> list[str]:
-    """`"a, b"` -> ["a", "b"]."""
-    return [name.strip() for name in text.split(",")]
 
 
 def load_vae(name: str) -> Any:

@@ -16,6 +16,7 @@ from diffusers.utils.outputs import BaseOutput
 from PIL import Image
 
 from .image_io import read_images, require
+from .inpainting import Inpainting
 
 Images = list[Image.Image] | np.ndarray | torch.Tensor
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
@@ -28,7 +29,7 @@ class TextToImageOutput(BaseOutput):
     """What a call returns.
 
     images: a list of PIL images; or an array (batch, height, width, channels) or a tensor (batch, channels, height,
-    width) in [0, 1]; or scaled latents. scores: the discriminator's for each image, where it chose among candidates.
+    width) in [0, 1]; or scaled latents. scores: the discriminator's for each image, in [0, 1], where there is one.
     captions: what the prior took each prompt for.
     """
 
@@ -71,6 +72,7 @@ class DrawingRequest:
     num_candidates: int = 1
     latents: Any = None
     image: Any = None
+    mask_image: Any = None
     strength: float = 0.8
     output_type: str = "pil"
     return_dict: bool = True
@@ -84,10 +86,19 @@ class DrawingRequest:
     num_prompts: int = field(init=False)
     pixels: torch.Tensor | None = field(init=False, default=None)
     """Of the image to start from."""
+    mask: torch.Tensor | None = field(init=False, default=None)
+    """Of the image, (images, 1, height, width) in [0, 1]: 1 where to paint anew."""
+    kept: Inpainting | None = field(init=False, default=None)
+    """What the mask keeps of the image, once it is encoded."""
     shape: tuple[int, ...] = field(init=False)
     """Of the latents of all images drawn."""
     captions: list[str] | None = field(init=False, default=None)
     """What the prior takes each prompt for."""
+
+    @property
+    def unprompted(self) -> bool:
+        """Whether an image alone says what to draw: a variation of it, without guidance."""
+        return self.prompt is None and self.prompt_embeds is None and self.image is not None
 
     @property
     def candidates_per_prompt(self) -> int:
@@ -120,8 +131,13 @@ class DrawingRequest:
         """Set `prompts`, `negatives` and `num_prompts`."""
         prompts, negatives = self.prompt, self.negative_prompt or ""
         prompts = [prompts] if isinstance(prompts, str) else prompts
+        if self.unprompted:
+            prompts, self.guidance_scale = (
+                [""] * (len(self.image) if isinstance(self.image, (list, tuple)) else 1),
+                1.0,
+            )
         if self.prompt_embeds is None:
-            good = is_texts(prompts) and prompts and all(text.strip() for text in prompts)
+            good = is_texts(prompts) and prompts and (self.unprompted or all(text.strip() for text in prompts))
             advice = "write a text, or a list of texts, none of them empty"
             require(good, f"prompt={self.prompt!r} says nothing to draw: {advice}.")
             self.num_prompts = len(prompts)
@@ -199,10 +215,17 @@ class DrawingRequest:
         for name, side in zip(("height", "width"), sides):
             good = side is None or is_number(side, 1, kind=Integral)
             require(good, f"{name}={side!r} must be a multiple of {scale}: write {scale} or more.")
+        require(
+            self.mask_image is None or self.image is not None, "mask_image names parts of an image: pass image, too."
+        )
         if self.image is not None:
             channels = getattr(config, "in_channels", getattr(config, "num_channels", 3))
             of_image, self.pixels = sides == [None, None], read_images(self.image, channels, sides)
             sides = list(self.pixels.shape[2:])
+            if self.mask_image is not None:
+                self.mask = read_images(self.mask_image, 1, sides)
+                images, masks = len(self.pixels), len(self.mask)
+                require(masks in (1, images), f"{masks} masks for {images} images: pass one for all, or one for each.")
         elif None in sides:
             size = pipe.unet.config.sample_size
             require(size is not None, "the UNet's config has no sample_size: write height= and width=.")

@@ -60,6 +60,12 @@ class RepoLoading:
         pipe.register_to_config(_name_or_path=str(pretrained_model_name_or_path))
         return pipe
 
+    def load_lora_weights(self, pretrained_model_name_or_path_or_dict: Any, *args: Any, **kwargs: Any) -> None:
+        """As in diffusers, from safetensors alone. Raises ValueError for `use_safetensors=False`."""
+        require(kwargs.get("use_safetensors") in (None, True), NO_PICKLES.format("use_safetensors=False reads"))
+        kwargs["use_safetensors"] = True
+        super().load_lora_weights(pretrained_model_name_or_path_or_dict, *args, **kwargs)  # type: ignore[misc]
+
     @classmethod
     def load_config(cls, *args: Any, **kwargs: Any) -> Any:
         """model_index.json; where it names a `pipeline.py` beside it, this class stands in for that file, which is not

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, SchedulerMixin, UNet2DConditionModel
+from diffusers.loaders.lora_pipeline import StableDiffusionLoraLoaderMixin
 from diffusers.models.embeddings import get_timestep_embedding
 from diffusers.pipelines.pipeline_utils import StableDiffusionMixin
 from diffusers.utils.torch_utils import randn_tensor
@@ -29,18 +30,24 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .drawing_request import DrawingRequest, DrawingState, Images, Preview, TextToImageOutput
 from .image_io import decode, dtype_of, pixel_range, present, require
+from .inpainting import Inpainting
 from .prompt_reading import PromptReading
 from .repo_parts import EXTRA, NOT_RUN, REQUIRED, UNCHECKED, RepoLoading, logger
+from .scoring import Scoring
 
 
-class TextToImagePipeline(DrawingState, PromptReading, RepoLoading, DiffusionPipeline, StableDiffusionMixin):
+class TextToImagePipeline(  # type: ignore[misc]
+    DrawingState, PromptReading, Scoring, RepoLoading, DiffusionPipeline, StableDiffusionMixin,
+    StableDiffusionLoraLoaderMixin,
+):  # fmt: skip
     """Text encoder -> denoising in the latent space -> image decoder.
 
     vae: `encode(x).latent_dist`, `decode(z).sample`, `config.scaling_factor`, `config.block_out_channels`; its pixels
     are in [-1, 1] unless `config.pixel_range` says otherwise. text_encoder: any transformers text model (CLIP, BERT,
     T5 encoder). scheduler: any of diffusers'. prior: a `CaptionPrior`, for a denoiser that knows few captions.
     image_decoder: a light `decode(z).sample` for the previews of `stream`. discriminator: pixels in [-1, 1] -> logits
-    of any shape for each image, whose mean is its score; higher is more real. `default_num_inference_steps`,
+    of any shape for each image, whose mean's sigmoid is its score; one that has `reads_prompts` also gets the prompts'
+    states. `default_num_inference_steps`,
     `default_guidance_scale`: what None means in a call; saved in model_index.json.
     """
 
@@ -101,7 +108,7 @@ class TextToImagePipeline(DrawingState, PromptReading, RepoLoading, DiffusionPip
         guidance_interval: tuple[float, float] = (0.0, 1.0),
         seed: int | list[int] | None = None, generator: torch.Generator | list[torch.Generator] | None = None,
         num_images_per_prompt: int = 1, num_candidates: int = 1, latents: torch.Tensor | None = None,
-        image: Any = None, strength: float = 0.8, prompt_embeds: torch.Tensor | None = None,
+        image: Any = None, mask_image: Any = None, strength: float = 0.8, prompt_embeds: torch.Tensor | None = None,
         negative_prompt_embeds: torch.Tensor | None = None, clip_skip: int | None = None,
         cross_attention_kwargs: dict[str, Any] | None = None, output_type: str = "pil", return_dict: bool = True,
         callback_on_step_end: Callable[..., Any] | None = None,
@@ -118,7 +125,8 @@ class TextToImagePipeline(DrawingState, PromptReading, RepoLoading, DiffusionPip
         latents: the starting noise, N(0, 1), (images drawn, channels, height / scale, width / scale). image, strength:
         start from images, one for all or one for each prompt (PIL, or arrays (height, width, channels)
             or tensors (channels, height, width) in [0, 1]; resized to height and width if given). Strength 0 is the
-            VAE's round trip, 1 (almost) forgets the image (Meng et al. 2022).
+            VAE's round trip, 1 (almost) forgets the image (Meng et al. 2022). Without a prompt: variations of it.
+        mask_image: white where to paint the image anew, black where to keep its pixels; read and resized as `image`.
         timesteps, sigmas: where to step instead of how often, for schedulers that take them. prompt_embeds,
         negative_prompt_embeds: instead of texts, (prompts, tokens, width), as `encode_prompt` returns them for one
         image a prompt. clip_skip: layers of the text encoder to leave out. cross_attention_kwargs: for the attention
@@ -134,7 +142,8 @@ class TextToImagePipeline(DrawingState, PromptReading, RepoLoading, DiffusionPip
             negative_prompt_embeds=negative_prompt_embeds, cross_attention_kwargs=cross_attention_kwargs,
             guidance_scale=guidance_scale, guidance_rescale=guidance_rescale, guidance_interval=guidance_interval,
             seed=seed, generator=generator, num_images_per_prompt=num_images_per_prompt,
-            num_candidates=num_candidates, latents=latents, image=image, strength=strength, output_type=output_type,
+            num_candidates=num_candidates, latents=latents, image=image, mask_image=mask_image, strength=strength,
+            output_type=output_type,
             callback_on_step_end=callback_on_step_end,
             callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
         )  # fmt: skip
@@ -198,7 +207,7 @@ class TextToImagePipeline(DrawingState, PromptReading, RepoLoading, DiffusionPip
             for step, latents, output in self._denoise(request, start, timesteps, text, previews):
                 if previews:
                     yield Preview(step, len(timesteps), self._preview(request, output, latents))
-            result = self._finish(request, latents, encoded)
+            result = self._finish(request, latents, encoded, text[-len(latents) :])
         yield result
 
     @contextmanager
@@ -222,7 +231,7 @@ class TextToImagePipeline(DrawingState, PromptReading, RepoLoading, DiffusionPip
         states = request.prompt_embeds
         if request.prompts is not None:
             self.warn_of_unknown(request.prompts)
-            request.captions = self.captions(request.prompts, device)
+            request.captions = None if request.unprompted else self.captions(request.prompts, device)
             states = self.embeddings(request.captions or request.prompts, device, request.clip_skip)
         return self._for_each_image(request, states, device)
 
@@ -264,7 +273,8 @@ class TextToImagePipeline(DrawingState, PromptReading, RepoLoading, DiffusionPip
     def _start(
         self, request: DrawingRequest, timesteps: torch.Tensor, device: torch.device
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Noisy latents, float32 as all along; and the image's latents, unscaled, if no step follows."""
+        """Noisy latents, float32 as all along; and the image's latents, unscaled, if no step follows. Sets what the
+        request keeps of the image."""
         noise = request.latents
         if noise is None:
             noise = randn_tensor(request.shape, generator=request.generator, device=device, dtype=torch.float32)
@@ -277,6 +287,7 @@ class TextToImagePipeline(DrawingState, PromptReading, RepoLoading, DiffusionPip
         encoded = output.latents if posterior is None else posterior.mode()
         encoded = encoded.repeat_interleave(len(noise) // len(encoded), dim=0)
         latents = encoded.float() * self.vae.config.scaling_factor
+        request.kept = None if request.mask is None else Inpainting.of(request.mask, request.pixels, latents, noise)
         if not len(timesteps):
             return latents, encoded
         return self.scheduler.add_noise(latents, noise, timesteps[:1].repeat(len(noise))), None
@@ -308,6 +319,10 @@ class TextToImagePipeline(DrawingState, PromptReading, RepoLoading, DiffusionPip
                     noise = guide(noise, self._guidance_scale, request.guidance_rescale)
                 output = scheduler.step(noise, t, latents, **options)
                 latents = output[0]
+                if request.kept is not None:
+                    latents = request.kept.keep_latents(
+                        scheduler, latents, timesteps[i + 1] if i + 1 < total else None
+                    )
                 if request.callback_on_step_end is not None:
                     latents, text = self._call_back(request, i, t, latents, text)
                 progress.update()
@@ -353,17 +368,17 @@ class TextToImagePipeline(DrawingState, PromptReading, RepoLoading, DiffusionPip
         return present(decode(decoder, clean / scale), request.output_type)
 
     def _finish(
-        self, request: DrawingRequest, latents: torch.Tensor, encoded: torch.Tensor | None
-    ) -> TextToImageOutput:
+        self, request: DrawingRequest, latents: torch.Tensor, encoded: torch.Tensor | None, states: torch.Tensor
+
+    ) -> TextToImageOutput:  # fmt: skip
         """The last latents -> the output, with the best candidate of each image. Instead of the latents `encoded` is
-        decoded."""
+        decoded. states: of the prompts, one for each image drawn."""
         wants_latents, k, scores = request.output_type == "latent", request.num_candidates, None
         if not wants_latents or k > 1:
             pixels = decode(self.vae, latents / self.vae.config.scaling_factor if encoded is None else encoded)
-        if k > 1:
-            logits = self.discriminator(pixels.mul(2).sub(1).to(dtype_of(self.discriminator)))
-            logits = getattr(logits, "logits", logits)
-            best_scores, best = logits.float().reshape(-1, k, logits[0].numel()).mean(dim=2).max(dim=1)
+            pixels = pixels if request.kept is None else request.kept.keep_pixels(pixels)
+        if self.discriminator is not None and (k > 1 or not wants_latents):
+            best_scores, best = self._scores(pixels, states).reshape(-1, k).max(dim=1)
             best = best + k * torch.arange(len(best), device=best.device)
             pixels, latents, scores = pixels[best], latents[best], best_scores.tolist()
         images = latents.to(self.unet.dtype) if wants_latents else present(pixels, request.output_type)

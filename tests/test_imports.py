@@ -20,11 +20,11 @@ FLOORS = [
     [
         r"hf_ae\.data(\.\w+)?",
         r"hf_ae\.loading",
-        r"hf_ae\.pipelines\.(text_to_image|caption_prior|drawing_request|image_io|prompt_reading|repo_code|repo_parts)",
+        r"hf_ae\.pipelines\.(text_to_image|caption_prior|drawing_request|image_io|inpainting|prompt_reading|repo_code|repo_parts|scoring)",
     ],
     [r"hf_ae\.(codec|latents|hub|diffusion)(\.\w+)?", r"hf_ae\.(sampling|export|anomaly)"],
     [r"hf_ae\.evaluation(\.\w+)?", r"hf_ae\.sklearn", r"hf_ae\.pipelines(\.vae_roundtrip)?"],
-    [r"hf_ae\.(demo|train|train_prior|train_latent_diffusion)", r"hf_ae_cli(\.\w+)?"],
+    [r"hf_ae\.(demo|train|train_prior|train_latent_diffusion|train_discriminator)", r"hf_ae_cli(\.\w+)?"],
     [r"space\.\w+"],
 ]
 SCRIPTS, SPACES = 5, 6

@@ -55,7 +55,7 @@ def test_the_best_candidate_is_kept():
     best = pipe([PROMPT, "the dog"], seed=3, num_candidates=3, output_type="pt")
     for i, prompt in enumerate([PROMPT, "the dog"]):
         images = torch.cat([pipe(prompt, seed=3 + i + j * stride, output_type="pt").images for j in range(3)])
-        scores = images.mul(2).sub(1).mean(dim=(1, 2, 3))
+        scores = images.mul(2).sub(1).mean(dim=(1, 2, 3)).sigmoid()
         assert best.scores[i] == pytest.approx(scores.max().item(), abs=1e-6)
         torch.testing.assert_close(best.images[i], images[scores.argmax()], atol=2e-6, rtol=0)
     latents = pipe([PROMPT, "the dog"], seed=3, num_candidates=3, output_type="latent").images

@@ -116,3 +116,8 @@ class Captions:
             dropped = not lists or generator.random() < dropout
             drawn.append(0 if dropped else generator.choice(generator.choice(lists)))
         return torch.tensor(drawn)
+
+
+def split_list(text: str) -> list[str]:
+    """`"a, b"` -> ["a", "b"]."""
+    return [name.strip() for name in text.split(",")]

@@ -77,11 +77,11 @@ def text_states(text_encoder: Any, input_ids: Tensor, attention_mask: Tensor) ->
 class TextStates:
     """The states of captions under a frozen text encoder: computed when they are drawn first, and kept in float16."""
 
-    def __init__(self, text_encoder: Any, tokens: dict[str, Tensor]) -> None:
+    def __init__(self, text_encoder: Any, tokens: dict[str, Tensor], keep: int = KEEP_STATES) -> None:
         self.text_encoder, self.tokens = text_encoder, tokens
         count, length = tokens["input_ids"].shape
         size = length * text_encoder.config.hidden_size
-        self.known = torch.zeros(min(count, KEEP_STATES // (2 * size)), dtype=torch.bool)
+        self.known = torch.zeros(min(count, keep // (2 * size)), dtype=torch.bool)
         device = tokens["input_ids"].device
         self.kept = torch.empty(len(self.known), length, size // length, dtype=torch.float16, device=device)
 

@@ -39,7 +39,10 @@ MADE_WITH = "Made with hf_ae: every autoencoder as a Hugging Face model."
 UNPOOLING = """The decoder also gets the positions of the maxima that the encoder's pooling kept (`pool_positions`): a
 reconstruction uses more than the latents alone, so its error is not comparable with models that decode the latents
 alone."""
-RECIPES = (("recipe.yaml", "train", "## Training"), ("recipe-prior.yaml", "train_prior", "## Training of the prior"))
+RECIPES = (
+    ("recipe.yaml", "train", "## Training"), ("recipe-prior.yaml", "train_prior", "## Training of the prior"),
+    ("recipe-discriminator.yaml", "train_discriminator", "## Training of the discriminator"),
+)  # fmt: skip
 
 
 def write_card(folder: str | Path) -> Path:
@@ -67,7 +70,7 @@ def write_card(folder: str | Path) -> Path:
         front["base_model"] = bases
     for file, script, title in RECIPES:
         if file in recipes:
-            script = "train_latent_diffusion" if is_pipeline else script
+            script = "train_latent_diffusion" if is_pipeline and script == "train" else script
             text = yaml.safe_dump(recipes[file], sort_keys=False)
             sections.append(f"{title}\n\n```\naccelerate launch -m hf_ae.{script} {file}\n```\n\n```yaml\n{text}```")
     data = ModelCardData(**merged_front(front_matter(old), front))
