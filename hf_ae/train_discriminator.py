@@ -64,6 +64,10 @@ class DiscriminatorArguments(TrainingArguments):
     )
     reconstructed: float = flag(0.5, "Fraction of images shown as the autoencoder reconstructs them.", least=0)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.reconstructed <= 1, f"reconstructed={self.reconstructed} is a fraction: at most 1.")
+
 
 @dataclass
 class Pairs:
@@ -132,11 +136,12 @@ def new_discriminator(args: DiscriminatorArguments, pipe: Any) -> PromptDiscrimi
         "image_size": processor.size["height"], "num_channels": processor.num_channels,
         "text_width": pipe.text_encoder.config.hidden_size,
     }  # fmt: skip
+    overrides, known = parse_overrides(args.discriminator_overrides), list(PromptDiscriminatorConfig.__annotations__)
+    unknown = ", ".join(set(overrides) - set(known))
+    require(not unknown, f"discriminator_overrides: {unknown} is no field of it: write some of {', '.join(known)}.")
     set_seed(args.seed)
     with user_input():
-        return PromptDiscriminatorModel(
-            PromptDiscriminatorConfig(**fields, **parse_overrides(args.discriminator_overrides))
-        )
+        return PromptDiscriminatorModel(PromptDiscriminatorConfig(**fields | overrides))
 
 
 def read_pairs(args: DiscriminatorArguments, rows: Any, pipe: Any, limit: int | None) -> Pairs:

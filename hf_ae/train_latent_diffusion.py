@@ -22,6 +22,7 @@ import hf_ae
 from hf_ae.data import image_column, num_batches, open_dataset, pick_split, row_batches
 from hf_ae.diffusion.captions import Captions, cached_latents, split_list
 from hf_ae.diffusion.denoiser import BETA_SCHEDULES, PREDICTIONS, LatentDiffusion, make_scheduler, make_unet
+from hf_ae.diffusion.lora import add_lora, save_lora
 from hf_ae.diffusion.text_encoders import TextStates, load_text_encoder, make_prior, new_text_encoder, tokenize
 from hf_ae.errors import one_line_errors, require
 from hf_ae.hub.pipeline_folder import save_pipeline
@@ -61,6 +62,9 @@ class LatentDiffusionArguments(TrainingArguments):
     )
     caption_dropout: float = flag(0.1, "Fraction of empty captions, which classifier-free guidance needs.", least=0)
     image_size: int | None = flag(None, "Height and width of the images; default: the autoencoder's.", least=1)
+    lora_rank: int | None = flag(
+        None, "Train low-rank adapters of pretrained_pipeline's denoiser alone, for load_lora_weights.", least=1
+    )
     unet_overrides: str | None = flag(None, 'Fields of the UNet2DConditionModel: "block_out_channels=[128,256]".')
     prediction_type: str = flag("v_prediction", "v_prediction or epsilon.", choices=PREDICTIONS)
     beta_schedule: str = flag("squaredcos_cap_v2", f"Noise: {', '.join(BETA_SCHEDULES)}.", choices=BETA_SCHEDULES)
@@ -81,6 +85,8 @@ class LatentDiffusionArguments(TrainingArguments):
         good = not self.zero_terminal_snr or self.prediction_type == "v_prediction"
         require(good, "zero_terminal_snr needs prediction_type v_prediction: from pure noise, the noise says nothing.")
         require(self.timestep_shift > 0, f"timestep_shift={self.timestep_shift} must be positive.")
+        lora = f"lora_rank={self.lora_rank} adapts a denoiser that is trained already"
+        require(self.lora_rank is None or self.pretrained_pipeline, f"{lora}: write --pretrained_pipeline, too.")
         require(self.caption_dropout < 1, f"caption_dropout={self.caption_dropout} must be less than 1.")
 
 
@@ -137,6 +143,7 @@ def train_pipeline(args: LatentDiffusionArguments, accelerator: Accelerator, res
     count, texts = len(text.captions), len(text.captions.texts)
     # the names that checkpoints of version 0.1 hold
     data = {"pictures": count, "captions": texts, "caption_dropout": args.caption_dropout}
+    data |= {} if args.lora_rank is None else {"lora_rank": args.lora_rank}
     batches = num_batches(count, args.train_batch_size, accelerator.num_processes)
     frozen_prior = None if text.is_trained else caption_prior(args, all_captions, text.encoder, text.tokenizer)
     with Run(args, accelerator, model.to(accelerator.device), batches, data) as run:
@@ -243,6 +250,8 @@ def load_unet(
         set_seed(args.seed)
         overrides = parse_overrides(args.unet_overrides)
         unet = make_unet(channels, (height, width), text_encoder.config.hidden_size, overrides)
+    if args.lora_rank is not None:
+        add_lora(unet, args.lora_rank)
     if device.type == "cpu":  # torch's fused attention has a slow backward pass in bf16 there
         unet.set_attn_processor(AttnProcessor())
     if args.gradient_checkpointing:
@@ -294,9 +303,13 @@ def finish(args: LatentDiffusionArguments, run: Run, pipeline: Callable[[], Any]
     def complete() -> None:
         if run.ema is not None:
             run.ema.copy_to(run.bare_model.parameters())
-        save_pipeline(pipeline(), folder, args.save_dtype)
-        advice = f'try  hf-ae generate "a prompt" --model {folder} -o image.png'
-        run.print(f"The pipeline is in {folder}: {advice}")
+        if args.lora_rank is not None:
+            save_lora(run.bare_model.unet, folder, args.save_dtype)
+            run.print(f"The adapters are in {folder}: pipe.load_lora_weights({str(folder)!r})")
+        else:
+            save_pipeline(pipeline(), folder, args.save_dtype)
+            advice = f'try  hf-ae generate "a prompt" --model {folder} -o image.png'
+            run.print(f"The pipeline is in {folder}: {advice}")
         publish(args, run.print)
 
     on_main(run.accelerator, complete)

@@ -61,8 +61,14 @@ class RepoLoading:
         return pipe
 
     def load_lora_weights(self, pretrained_model_name_or_path_or_dict: Any, *args: Any, **kwargs: Any) -> None:
-        """As in diffusers, from safetensors alone. Raises ValueError for `use_safetensors=False`."""
+        """As in diffusers, from safetensors alone: even where it is told to, diffusers reads a file of another name by
+        torch.load. Raises ValueError for such a file and for `use_safetensors=False`."""
         require(kwargs.get("use_safetensors") in (None, True), NO_PICKLES.format("use_safetensors=False reads"))
+        source, file = pretrained_model_name_or_path_or_dict, kwargs.get("weight_name")
+        if file is None and isinstance(source, (str, Path)) and Path(source).is_file():
+            file = source
+        good = file is None or str(file).endswith(".safetensors")
+        require(good, NO_PICKLES.format(f"{file} is no safetensors file and may hold"))
         kwargs["use_safetensors"] = True
         super().load_lora_weights(pretrained_model_name_or_path_or_dict, *args, **kwargs)  # type: ignore[misc]
 

@@ -44,6 +44,9 @@ RECIPES = (
     ("recipe-discriminator.yaml", "train_discriminator", "## Training of the discriminator"),
 )  # fmt: skip
 
+LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
+"""The name that diffusers' load_lora_weights looks for."""
+
 
 def write_card(folder: str | Path) -> Path:
     """Write `folder`/README.md, and `.eval_results`, from what lies beside it: the configuration, recipes,
@@ -62,7 +65,9 @@ def write_card(folder: str | Path) -> Path:
     recipe = recipes.get("recipe.yaml") or {}
     dataset = recipe.get("dataset_name") or metrics.get("dataset")
     is_pipeline = (folder / "model_index.json").is_file()
-    front, sections = (pipeline_card if is_pipeline else model_card)(folder, name, metrics, dataset)
+    is_lora = (folder / LORA_WEIGHTS).is_file()
+    kind = lora_card if is_lora else pipeline_card if is_pipeline else model_card
+    front, sections = kind(folder, name, metrics, dataset)
     if hub_id(dataset):
         front["datasets"] = [dataset]
     sources = [recipe.get(field) for field in ("pretrained_model", "pretrained_pipeline", "vae", "text_encoder")]
@@ -70,7 +75,7 @@ def write_card(folder: str | Path) -> Path:
         front["base_model"] = bases
     for file, script, title in RECIPES:
         if file in recipes:
-            script = "train_latent_diffusion" if is_pipeline and script == "train" else script
+            script = "train_latent_diffusion" if (is_pipeline or is_lora) and script == "train" else script
             text = yaml.safe_dump(recipes[file], sort_keys=False)
             sections.append(f"{title}\n\n```\naccelerate launch -m hf_ae.{script} {file}\n```\n\n```yaml\n{text}```")
     data = ModelCardData(**merged_front(front_matter(old), front))
@@ -213,6 +218,29 @@ pipe = DiffusionPipeline.from_pretrained(repo, trust_remote_code=True)
 ```
 
 On the command line: `hf-ae generate "a slice of pizza" --model {name} -o pizza.png`"""
+
+
+def lora_card(
+    folder: Path, name: str, metrics: dict[str, Any], dataset: str | None
+) -> tuple[dict[str, Any], list[str]]:
+    """(front matter, sections)."""
+    base = (yaml.safe_load((folder / "recipe.yaml").read_text()) or {}).get("pretrained_pipeline") or "PIPELINE"
+    tags = ["hf_ae", "text-to-image", "lora"]
+    front = dict(library_name="diffusers", pipeline_tag="text-to-image", tags=tags)
+    trained = f", trained on `{dataset}`" if dataset else ""
+    about = f"Low-rank adapters (LoRA) of the denoiser of `{base}`{trained}. {MADE_WITH}"
+    return front, [about, *figures(folder, FIGURES), LORA_USE.format(name=name, base=base)]
+
+
+LORA_USE = """## Use
+
+```python
+from hf_ae.pipelines import TextToImagePipeline
+
+pipe = TextToImagePipeline.from_pretrained("{base}")
+pipe.load_lora_weights("{name}")  # this folder, or its id on the Hub
+pipe("a rocket").images[0].save("rocket.png")
+```"""
 
 
 def component_table(folder: Path) -> str:

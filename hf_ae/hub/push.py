@@ -14,13 +14,14 @@ from typing import Any
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+from safetensors import SafetensorError, safe_open
 
 from ..errors import UserError, first_line, require
 from ..loading import HUB_ERRORS, LOADING_ERRORS
 from ..training.arguments import TrainingArguments, write_recipe
 from ..training.output_folder import end_run
 from .card_parts import body_of, front_matter, read_card
-from .cards import write_card
+from .cards import LORA_WEIGHTS, write_card
 from .eval_results import check_eval_results
 from .files import read_json
 from .pipeline_folder import components, has_pipeline_code, pipeline_classes, write_pipeline_code
@@ -56,7 +57,7 @@ def write_code(folder: Path) -> None:
     """Write the code that the folder of a model or a pipeline carries. The weights stay."""
     if (folder / "model_index.json").is_file():
         write_pipeline_code(folder)
-    else:
+    elif not (folder / LORA_WEIGHTS).is_file():
         write_model_code(folder)
 
 
@@ -101,7 +102,9 @@ def copy_or_link(source: str, target: str) -> None:
 
 
 def check_model_folder(folder: Path) -> list[str]:
-    """`check_folder` of a model or a pipeline."""
+    """`check_folder` of a model, a pipeline or adapters."""
+    if (folder / LORA_WEIGHTS).is_file():
+        return check_lora(folder)
     is_pipeline = (folder / "model_index.json").is_file()
     kind = read_json(folder / "config.json").get("model_type")
     foreign = not is_pipeline and kind is not None and not str(kind).startswith("hf_ae_")
@@ -120,6 +123,22 @@ def check_model_folder(folder: Path) -> list[str]:
     check_eval_results(folder)
     for name, (library, class_name) in parts.items():
         check_loads(folder / name, library, class_name)
+    return files
+
+
+def check_lora(folder: Path) -> list[str]:
+    """`check_folder` of a denoiser's adapters."""
+    check_there(folder, ["README.md"])
+    files = files_of(folder)
+    check_stray(folder, files, rf"{ALLOWED}|{re.escape(LORA_WEIGHTS)}", "a repository of adapters")
+    check_card(folder / "README.md", ["tags"])
+    try:
+        with safe_open(folder / LORA_WEIGHTS, "pt") as weights:
+            names = list(weights.keys())
+    except SafetensorError as error:
+        raise UserError(f"{folder / LORA_WEIGHTS} cannot be read: {first_line(error)}") from error
+    good = names and all("lora" in name for name in names)
+    require(good, f"{folder / LORA_WEIGHTS} holds other weights than adapters.")
     return files
 
 

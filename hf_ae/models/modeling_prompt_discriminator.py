@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
-from .blocks import ResBlock, group_norm
+from .blocks import ResBlock
 from .configuration_prompt_discriminator import PromptDiscriminatorConfig
 
 
@@ -55,7 +55,7 @@ class PromptDiscriminatorModel(PreTrainedModel):
             self.levels.append(nn.Conv2d(narrow, wide, 3, 2, 1))
             self.levels.append(ResBlock(wide, wide, "silu"))
         width, side = widths[-1], config.image_size // 2 ** len(widths)
-        self.norm = group_norm(width)
+        self.norm = nn.LayerNorm(width)  # group norm would take the colour out of plain images
         self.positions = nn.Parameter(torch.zeros(side * side, width))
         self.read_text = nn.Sequential(nn.LayerNorm(config.text_width), nn.Linear(config.text_width, width))
         self.layers = nn.ModuleList(
@@ -82,8 +82,8 @@ class PromptDiscriminatorModel(PreTrainedModel):
         size = (self.config.image_size, self.config.image_size)
         if pixel_values.shape[2:] != size:
             pixel_values = F.interpolate(pixel_values, size=size, mode="bilinear", antialias=True)
-        x = self.norm(self.levels(self.stem(pixel_values)))
-        x = x.flatten(2).transpose(1, 2) + self.positions
+        x = self.levels(self.stem(pixel_values)).flatten(2).transpose(1, 2)
+        x = self.norm(x) + self.positions
         x = x.repeat(len(prompt_embeds) // len(x), 1, 1)
         text = self.read_text(prompt_embeds)
         for layer in self.layers:

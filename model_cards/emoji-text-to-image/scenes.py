@@ -3,10 +3,10 @@
 EMOJI_STYLES is a dataset with the columns image, text (the name), keywords, style and skin_tone; EMOJI is made by
 dataset.py, and its `held_out_keywords` are no captions here either. OUTPUT/things becomes a dataset of the emoji
 without a skin tone, for the text encoder, and OUTPUT/scenes one of 64×64 images with the columns `styled` and `plain`,
-captions that name a style and such that do not. It holds each emoji `--copies` times, and scenes composed of one or two
-of them: pairs beside or above each other, two or three of one thing, small things, and recoloured ones. A tenth of the
-pairs of COMMON things, and a tenth of the pairs of such a thing and a colour, are in no scene: `held_out.json` lists
-them.
+captions that name a style and such that do not, and `wrong`, captions that are nearly right. It holds each emoji
+`--copies` times, and scenes composed of one or two of them: pairs beside or above each other, two or three of one
+thing, small things, and recoloured ones. A tenth of the pairs of COMMON things, and a tenth of the pairs of such a
+thing and a colour, are in no scene and in no caption: `held_out.json` lists them.
 """
 
 import argparse
@@ -57,14 +57,16 @@ COUNTS = {
 }
 KINDS = {"pair": 5, "count": 2, "color": 2, "small": 1}
 """Kind of scene -> its share."""
-Captions = tuple[list[str], list[str]]
+COLUMNS = ("styled", "plain", "wrong")
+Captions = tuple[list[str], list[str], list[str]]
+"""Those with a style, those without, and wrong ones."""
 
 
 class Scenes:
     """Draws scenes of a dataset's emoji, and what to call them."""
 
     def __init__(self, rows: Any, held_out: dict[str, Any], seed: int) -> None:
-        self.random, self.held_out = random.Random(seed), held_out
+        self.random, self.held_out, self.errors = random.Random(seed), held_out, random.Random(seed + 1)
         self.rows = rows
         self.by_style: dict[str, dict[str, int]] = {}
         columns = (rows["text"], rows["style"], rows["skin_tone"])
@@ -74,7 +76,7 @@ class Scenes:
         self.cutouts: dict[int, Image.Image] = {}
 
     def draw(self, kind: str) -> tuple[Image.Image, Captions]:
-        """A scene, its captions with a style, and those without."""
+        """A scene and its captions."""
         style = self.random.choice([s for s in self.by_style if kind != "color" or s in COLORFUL])
         names = list(self.by_style[style])
         things = [name for name in COMMON if name in self.by_style[style]]
@@ -83,40 +85,64 @@ class Scenes:
         makers: dict[str, Callable[..., Any]] = {
             "pair": self.pair, "count": self.count, "color": self.color, "small": self.small
         }  # fmt: skip
-        image, phrases = makers[kind](style, name, things)
-        return image, with_style(phrases, style)
+        image, right, wrong = makers[kind](style, name, things)
+        return image, (with_style(right, style), right, self.wrong_captions(right, wrong, style))
 
-    def pair(self, style: str, name: str, things: list[str]) -> tuple[Image.Image, list[str]]:
+    def wrong_captions(self, right: list[str], wrong: list[str], style: str) -> list[str]:
+        """Wrong phrases, half of them with the right style, and the right ones with another style."""
+        styles = [other for other in self.by_style if other != style]
+        others = [f"{phrase}, {self.errors.choice(styles)}" for phrase in right[:2]]
+        return [f"{text}, {style}" if self.errors.random() < 0.5 else text for text in wrong] + others
+
+    def names_of(self, row: dict[str, Any]) -> Captions:
+        """Captions of an emoji."""
+        name, style = row["text"].lower(), row["style"]
+        others = [word.lower() for word in row["keywords"]][:6]
+        styled = [f"{name}, {style}", f"{name}, {style}", f"{style} {name}", f"a {style} {name}"]
+        styled += [f"{word}, {style}" for word in others]
+        strangers = self.errors.sample(list(self.by_style[style]), 3)
+        wrong = [stranger for stranger in strangers if stranger not in (name, *others)]
+        return styled, [name, name, f"a {name}", *others], self.wrong_captions([name, name], wrong, style)
+
+    def pair(self, style: str, name: str, things: list[str]) -> tuple[Image.Image, list[str], list[str]]:
         allowed = [b for b in things if b != name and not is_held_out(self.held_out["pairs"], name, b)]
         pair = [name, self.random.choice(allowed)]
         self.random.shuffle(pair)
         place = self.random.choice(list(PLACES))
         cutouts = [self.cutout(self.by_style[style][name]) for name in pair]
         first, second = map(with_article, pair)
-        phrases = {
-            "beside": [f"{first} and {second}", f"{first} left of {second}", f"{second} right of {first}"],
-            "above": [f"{first} above {second}", f"{second} below {first}", f"{first} on top of {second}"],
-        }[place]
-        return self.placed(cutouts, PLACES[place], 30), phrases
+        beside = [f"{first} and {second}", f"{first} left of {second}", f"{second} right of {first}"]
+        above = [f"{first} above {second}", f"{second} below {first}", f"{first} on top of {second}"]
+        swapped = [f"{second} left of {first}", f"{second} above {first}", f"{first} below {second}"]
+        right, others = (beside, above) if place == "beside" else (above, beside[1:])
+        kept = self.errors.choice(pair)
+        strangers = [t for t in things if t not in pair and not is_held_out(self.held_out["pairs"], kept, t)]
+        stranger = f"{with_article(kept)} and {with_article(self.errors.choice(strangers))}"
+        return self.placed(cutouts, PLACES[place], 30), right, [*swapped, *others[:2], stranger, stranger]
 
-    def count(self, style: str, name: str, things: list[str]) -> tuple[Image.Image, list[str]]:
+    def count(self, style: str, name: str, things: list[str]) -> tuple[Image.Image, list[str], list[str]]:
         number = self.random.choice(list(COUNTS))
         places = self.random.choice(COUNTS[number])
         cutout = self.cutout(self.by_style[style][name])
         many = self.placed([cutout] * len(places), places, {2: 30, 3: 24}[len(places)])
-        return many, [f"{number} {plural(name)}", f"{len(places)} {plural(name)}"]
+        fewer, more = {"two": ("three", 3), "three": ("two", 2)}[number]
+        wrong = [f"{fewer} {plural(name)}", f"{more} {plural(name)}", f"{number} {plural(self.errors.choice(things))}"]
+        return many, [f"{number} {plural(name)}", f"{len(places)} {plural(name)}"], wrong
 
-    def color(self, style: str, name: str, things: list[str]) -> tuple[Image.Image, list[str]]:
+    def color(self, style: str, name: str, things: list[str]) -> tuple[Image.Image, list[str], list[str]]:
         color = self.random.choice([c for c in COLORS if not is_held_out(self.held_out["colors"], name, c)])
         image = on_white(recolored(self.cutout(self.by_style[style][name]), color))
         bare = name.removeprefix("red ")
-        return image, [f"{with_article(color)} {bare}", f"{color} {bare}", f"{with_article(bare)} in {color}"]
+        others = [c for c in COLORS if c != color and not is_held_out(self.held_out["colors"], name, c)]
+        wrong = [f"{with_article(other)} {bare}" for other in self.errors.sample(others, 2)]
+        return image, [f"{with_article(color)} {bare}", f"{color} {bare}", f"{with_article(bare)} in {color}"], wrong
 
-    def small(self, style: str, name: str, things: list[str]) -> tuple[Image.Image, list[str]]:
+    def small(self, style: str, name: str, things: list[str]) -> tuple[Image.Image, list[str], list[str]]:
         size = self.random.randint(24, 34)
         place = tuple(self.random.randint(22, 42) for _ in "xy")
         image = self.placed([self.cutout(self.by_style[style][name])], (place,), size)
-        return image, [f"a small {name}", f"small {name}", f"a tiny {name}"]
+        stranger = self.errors.choice([thing for thing in things if thing != name])
+        return image, [f"a small {name}", f"small {name}", f"a tiny {name}"], [f"a small {stranger}"]
 
     def placed(self, cutouts: list[Image.Image], places: Any, size: int) -> Image.Image:
         """Cut-outs around the places, in pixels, each a little moved and of about that size."""
@@ -165,17 +191,9 @@ def plural(name: str) -> str:
     return name + ("es" if name.endswith(("s", "x", "ch", "sh")) else "s")
 
 
-def with_style(phrases: list[str], style: str) -> Captions:
-    """The phrases with a style, and without."""
-    return [text for phrase in phrases for text in (f"{phrase}, {style}", f"{style} {phrase}")][:4], phrases
-
-
-def names_of(row: dict[str, Any]) -> Captions:
-    """Captions of an emoji."""
-    name, style = row["text"].lower(), row["style"]
-    others = [word.lower() for word in row["keywords"]][:6]
-    styled = [f"{name}, {style}", f"{name}, {style}", f"{style} {name}", f"a {style} {name}"]
-    return styled + [f"{word}, {style}" for word in others], [name, name, f"a {name}", *others]
+def with_style(phrases: list[str], style: str) -> list[str]:
+    """Some of the phrases with a style."""
+    return [text for phrase in phrases for text in (f"{phrase}, {style}", f"{style} {phrase}")][:4]
 
 
 def without_held_out(rows: Any, emoji: str) -> Any:
@@ -216,15 +234,15 @@ def main() -> None:
 
     def examples() -> Any:
         for row in rows:
-            example = dict(zip(("styled", "plain"), names_of(row)), image=on_white(row["image"].convert("RGBA")))
+            example = dict(zip(COLUMNS, scenes.names_of(row)), image=on_white(row["image"].convert("RGBA")))
             for _ in range(1 if row["skin_tone"] else args.copies):
                 yield example
         for kind in kinds:
-            image, (styled, plain) = scenes.draw(kind)
-            yield {"image": image, "styled": styled, "plain": plain}
+            image, captions = scenes.draw(kind)
+            yield {"image": image, **dict(zip(COLUMNS, captions))}
 
     texts = datasets.List(datasets.Value("string"))
-    features = datasets.Features({"styled": texts, "plain": texts, "image": datasets.Image()})
+    features = datasets.Features({**dict.fromkeys(COLUMNS, texts), "image": datasets.Image()})
     for name in ("scenes", "things"):
         (args.output / name).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=args.output) as cache:
