@@ -22,8 +22,16 @@ import hf_ae
 from hf_ae.data import image_column, num_batches, open_dataset, pick_split, row_batches
 from hf_ae.diffusion.captions import Captions, cached_latents, split_list
 from hf_ae.diffusion.denoiser import BETA_SCHEDULES, PREDICTIONS, LatentDiffusion, make_scheduler, make_unet
+from hf_ae.diffusion.distillation import Distillation
 from hf_ae.diffusion.lora import add_lora, save_lora
-from hf_ae.diffusion.text_encoders import TextStates, load_text_encoder, make_prior, new_text_encoder, tokenize
+from hf_ae.diffusion.text_encoders import (
+    TextStates,
+    load_text_encoder,
+    make_prior,
+    new_text_encoder,
+    text_states,
+    tokenize,
+)
 from hf_ae.errors import one_line_errors, require
 from hf_ae.hub.pipeline_folder import save_pipeline
 from hf_ae.hub.push import check_publishing, publish
@@ -65,6 +73,10 @@ class LatentDiffusionArguments(TrainingArguments):
     lora_rank: int | None = flag(
         None, "Train low-rank adapters of pretrained_pipeline's denoiser alone, for load_lora_weights.", least=1
     )
+    distill: int | None = flag(
+        None, "Steps in which pretrained_pipeline's denoiser learns to draw what it draws in twice as many with "
+        "guidance_scale: then without guidance.", least=1,
+    )  # fmt: skip
     unet_overrides: str | None = flag(None, 'Fields of the UNet2DConditionModel: "block_out_channels=[128,256]".')
     prediction_type: str = flag("v_prediction", "v_prediction or epsilon.", choices=PREDICTIONS)
     beta_schedule: str = flag("squaredcos_cap_v2", f"Noise: {', '.join(BETA_SCHEDULES)}.", choices=BETA_SCHEDULES)
@@ -85,8 +97,11 @@ class LatentDiffusionArguments(TrainingArguments):
         good = not self.zero_terminal_snr or self.prediction_type == "v_prediction"
         require(good, "zero_terminal_snr needs prediction_type v_prediction: from pure noise, the noise says nothing.")
         require(self.timestep_shift > 0, f"timestep_shift={self.timestep_shift} must be positive.")
-        lora = f"lora_rank={self.lora_rank} adapts a denoiser that is trained already"
-        require(self.lora_rank is None or self.pretrained_pipeline, f"{lora}: write --pretrained_pipeline, too.")
+        for name in ("lora_rank", "distill"):
+            asked = f"{name}={getattr(self, name)} takes a denoiser that is trained already"
+            good = getattr(self, name) is None or self.pretrained_pipeline is not None
+            require(good, f"{asked}: write --pretrained_pipeline, too.")
+        require(None in (self.lora_rank, self.distill), "lora_rank and distill are two trainings: write one of them.")
         require(self.caption_dropout < 1, f"caption_dropout={self.caption_dropout} must be less than 1.")
 
 
@@ -138,8 +153,7 @@ def train_pipeline(args: LatentDiffusionArguments, accelerator: Accelerator, res
     scheduler = base_scheduler(base) or make_scheduler(
         args.prediction_type, args.beta_schedule, args.zero_terminal_snr
     )
-    own_encoder = text.encoder if text.is_trained else None
-    model = LatentDiffusion(unet, scheduler, own_encoder, args.snr_gamma, args.timestep_shift)
+    model = make_model(args, unet, scheduler, text)
     count, texts = len(text.captions), len(text.captions.texts)
     # the names that checkpoints of version 0.1 hold
     data = {"pictures": count, "captions": texts, "caption_dropout": args.caption_dropout}
@@ -155,10 +169,23 @@ def train_pipeline(args: LatentDiffusionArguments, accelerator: Accelerator, res
             reader = trained.text_encoder or text.encoder
             prior = caption_prior(args, all_captions, reader, text.tokenizer) if text.is_trained else frozen_prior
             parts = dict(vae=vae, text_encoder=reader, tokenizer=text.tokenizer, unet=trained.unet, prior=prior)
+            if base is not None:
+                parts |= dict(image_decoder=base.image_decoder, discriminator=base.discriminator)
             return make_pipeline(args, scheduler, **parts)
 
         take_steps(args, run, latents, text, pipeline)
         finish(args, run, pipeline)
+
+
+def make_model(args: LatentDiffusionArguments, unet: Any, scheduler: Any, text: Text) -> LatentDiffusion:
+    """What is trained, with its loss."""
+    if args.distill is not None:
+        with torch.no_grad():
+            device = next(text.encoder.parameters()).device
+            empty = text_states(text.encoder, **tokenize(text.tokenizer, [""], device))
+        return Distillation(unet, scheduler, empty, args.distill, args.guidance_scale)
+    own_encoder = text.encoder if text.is_trained else None
+    return LatentDiffusion(unet, scheduler, own_encoder, args.snr_gamma, args.timestep_shift)
 
 
 def take_steps(
@@ -267,16 +294,19 @@ def base_scheduler(base: Any) -> Any:
 
 
 def make_pipeline(args: LatentDiffusionArguments, scheduler: Any, **components: Any) -> Any:
-    """The pipeline of these components, with a sampler that needs few steps (Lu et al. 2022)."""
+    """The pipeline of these components, with a sampler that needs few steps (Lu et al. 2022), or with the one that it
+    was distilled for."""
     from diffusers import DPMSolverMultistepScheduler
 
     from hf_ae.pipelines.text_to_image import TextToImagePipeline
 
+    if args.distill is None:
+        scheduler = DPMSolverMultistepScheduler.from_config(scheduler.config)
     return TextToImagePipeline(
         **components,
-        scheduler=DPMSolverMultistepScheduler.from_config(scheduler.config),
-        default_num_inference_steps=args.num_inference_steps,
-        default_guidance_scale=args.guidance_scale,
+        scheduler=scheduler,
+        default_num_inference_steps=args.distill or args.num_inference_steps,
+        default_guidance_scale=args.guidance_scale if args.distill is None else 1.0,
     )
 
 
