@@ -227,7 +227,7 @@ def roundtrip(
 
 @app.command()
 def generate(
-    prompt: Annotated[str, typer.Argument(help="What to draw.")],
+    prompt: Annotated[str | None, typer.Argument(help="What to draw; without one, variations of --image.")] = None,
     output: OutputFile = Path("image.png"),
     model: Pipeline = None,
     negative_prompt: Annotated[str | None, option("What not to draw.")] = None,
@@ -239,6 +239,9 @@ def generate(
     width: Annotated[int | None, option("In pixels.")] = None,
     image: Annotated[Path | None, option("Start from this image, cut to the size that is drawn.")] = None,
     strength: Annotated[float, option("How far to leave --image: 0 not at all, 1 entirely.")] = 0.8,
+    mask: Annotated[Path | None, option("An image as large as --image, white where to paint it anew.")] = None,
+    candidates: Annotated[int, option("Images for each one that the discriminator keeps.", min=1)] = 1,
+    lora: Annotated[str | None, option("Folder or Hub id of adapters (LoRA) to draw with.")] = None,
     scheduler: Annotated[str | None, option("A diffusers scheduler class; default: the pipeline's.")] = None,
     steps_grid: Annotated[str | None, option("Draw a sheet, one row for each: 10,15,20,30,40.")] = None,
     seeds: Annotated[int, option("Columns of the sheet.", min=1)] = 4,
@@ -246,25 +249,23 @@ def generate(
 ) -> None:
     """Draw an image from a prompt with a text-to-image pipeline."""
     check_image_path(output)
-    from hf_ae.diffusion.drawing import draw_images, steps_sheet, whole_numbers
+    from hf_ae.diffusion.drawing import draw_images, load_adapters, starting_image, steps_sheet, whole_numbers
     from hf_ae.errors import user_input
-    from hf_ae.loading import load_pipeline, pick_device, pipeline_image_processor
+    from hf_ae.loading import load_pipeline, pick_device
     from hf_ae.models.image_processing import open_image
 
+    check(bool(prompt or image), 'Write what to draw: hf-ae generate "a prompt".')
     options: dict[str, Any] = dict(
-        negative_prompt=negative_prompt, guidance_scale=guidance_scale, height=height, width=width
-    )
+        negative_prompt=negative_prompt, guidance_scale=guidance_scale, height=height, width=width,
+        num_candidates=candidates,
+    )  # fmt: skip
     counts = None if steps_grid is None else whole_numbers(steps_grid)
     with user_input():
-        start = None if image is None else open_image(image)
+        given = {name: open_image(path) for name, path in {"image": image, "mask_image": mask}.items() if path}
     pipe = load_pipeline(model, scheduler, pick_device(device))
-    if start is not None:
-        processor = pipeline_image_processor(pipe)
-        own = processor.target_size()
-        size = {"height": height or own[0], "width": width or own[1]}
-        with user_input():
-            pixels = processor.preprocess(start, size=size).pixel_values
-        options |= dict(image=processor.postprocess(pixels), strength=strength)
+    if lora is not None:
+        load_adapters(pipe, lora)
+    options |= starting_image(pipe, given, height, width) | {"strength": strength}
     if counts:
         steps_sheet(pipe, prompt, counts, seed, seeds, options).save(output)
     else:

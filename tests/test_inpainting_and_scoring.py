@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from command_line import fails, runs
 from PIL import Image
 from tiny_pipelines import PROMPT, SIDE, Brightness, bert, pipeline, ship, vae_of_hf_ae
 
@@ -137,3 +138,39 @@ def test_a_discriminator_reads_images_of_any_size_and_several_prompts():
 def test_bad_discriminator_configurations(bad):
     with pytest.raises(ValueError, match=next(iter(bad))):
         hf_ae.PromptDiscriminatorConfig(**bad)
+
+
+@pytest.fixture(scope="module")
+def judged(tmp_path_factory):
+    """The folder of a pipeline with a discriminator."""
+    pipe = pipeline(text=bert, vae=vae_of_hf_ae, discriminator=discriminator())
+    return ship(pipe, tmp_path_factory.mktemp("judged"), remote=False)
+
+
+def test_the_command_paints_a_part_anew_varies_and_judges(judged, tmp_path, capsys):
+    image, mask = np.full((40, 60, 3), 255, np.uint8), np.zeros((40, 60), np.uint8)
+    image[:, :30] = (200, 30, 30)
+    mask[:, 30:] = 255
+    for name, pixels in {"image": image, "mask": mask}.items():
+        Image.fromarray(pixels).save(tmp_path / f"{name}.png")
+    given = ["--model", str(judged), "--image", str(tmp_path / "image.png")]
+    painted = ["--mask", str(tmp_path / "mask.png"), "--strength", "1", "-o", str(tmp_path / "painted.png")]
+    runs("generate", "a red cat", *given, *painted, "--candidates", "2")
+    said = capsys.readouterr().out
+    assert "The discriminator says" in said and ("yes" in said or "no" in said)
+    drawn = np.asarray(Image.open(tmp_path / "painted.png"))
+    assert drawn.shape == (SIDE, SIDE, 3)
+    assert np.abs(drawn[:, : SIDE // 2 - 2].astype(int) - (200, 30, 30)).max() <= 1
+    assert np.ptp(drawn[:, SIDE // 2 + 1 :]) > 5
+    runs("generate", *given, "-o", str(tmp_path / "varied.png"))
+    assert Image.open(tmp_path / "varied.png").size == (SIDE, SIDE)
+
+
+def test_the_command_says_what_is_missing(judged, tmp_path, capsys):
+    out = ["-o", tmp_path / "x.png", "--model", judged]
+    fails(capsys, ["generate", *out], "Write what to draw")
+    Image.new("L", (9, 9)).save(tmp_path / "mask.png")
+    fails(capsys, ["generate", "a cat", "--mask", tmp_path / "mask.png", *out], "pass image")
+    fails(capsys, ["generate", "a cat", "--lora", tmp_path / "nothing", *out], "adapters")
+    (tmp_path / "empty").mkdir()
+    fails(capsys, ["generate", "a cat", "--lora", tmp_path / "empty", *out], "adapters")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Any
 
 from PIL import Image
 
 from ..errors import UserError, user_input
+from ..loading import opening, pipeline_image_processor
 from ..plots import image_grid, labelled_rows
 
 
@@ -18,21 +20,45 @@ def whole_numbers(text: str) -> list[int]:
         raise UserError(f"steps-grid {text!r} must be whole numbers with commas between, such as 10,20,40.") from error
 
 
-def draw(pipe: Any, prompt: str, steps: int | None, seed: int, count: int, options: dict[str, Any]) -> Any:
+def load_adapters(pipe: Any, source: str) -> None:
+    """Low-rank adapters for the denoiser, of a folder or a Hub id. Raises ValueError."""
+    if find_spec("peft") is None:
+        raise UserError('Adapters need peft: pip install "hf_ae[lora]".')
+    with opening("adapters", source):
+        pipe.load_lora_weights(source)
+
+
+def starting_image(pipe: Any, given: dict[str, Any], height: int | None, width: int | None) -> dict[str, Any]:
+    """`image` and `mask_image`, cut to the size that is drawn. Raises ValueError."""
+    if not given:
+        return {}
+    processor = pipeline_image_processor(pipe)
+    own = processor.target_size()
+    size = {"height": height or own[0], "width": width or own[1]}
+    with user_input():
+        pixels = {name: processor.preprocess(one, size=size).pixel_values for name, one in given.items()}
+    images = {name: processor.postprocess(values)[0] for name, values in pixels.items()}
+    return images | ({"mask_image": images["mask_image"].convert("L")} if "mask_image" in images else {})
+
+
+def draw(pipe: Any, prompt: str | None, steps: int | None, seed: int, count: int, options: dict[str, Any]) -> Any:
     """The pipeline's output, `count` images (count, channels, height, width) in 0…1 with the seeds from `seed` on."""
     options = dict(num_inference_steps=steps, num_images_per_prompt=count, output_type="pt", **options)
     with user_input():
         return pipe(prompt, seed=seed, **options)
 
 
-def log_caption(prompt: str, output: Any) -> None:
-    """Print what the pipeline's prior took the prompt for, if that is another text."""
-    if output.captions and output.captions[0].lower() != prompt.lower():
+def log_caption(prompt: str | None, output: Any) -> None:
+    """Print what the prior took the prompt for, if that is another text, and what the discriminator says."""
+    if prompt and output.captions and output.captions[0].lower() != prompt.lower():
         print(f"Drawn as: {output.captions[0]}")
+    if output.scores:
+        said = ", ".join(f"{'yes' if score > 0.5 else 'no'} ({score:.2f})" for score in output.scores)
+        print(f"Does it show the prompt? The discriminator says: {said}.")
 
 
 def draw_images(
-    pipe: Any, prompt: str, steps: int | None, seed: int, count: int, options: dict[str, Any]
+    pipe: Any, prompt: str | None, steps: int | None, seed: int, count: int, options: dict[str, Any]
 ) -> Image.Image:
     """One image, or several side by side."""
     output = draw(pipe, prompt, steps, seed, count, options)
@@ -42,7 +68,7 @@ def draw_images(
 
 
 def steps_sheet(
-    pipe: Any, prompt: str, steps: list[int], seed: int, count: int, options: dict[str, Any]
+    pipe: Any, prompt: str | None, steps: list[int], seed: int, count: int, options: dict[str, Any]
 ) -> Image.Image:
     """One row for each number of steps, one column for each seed: what more steps buy."""
     outputs = {f"{n} steps": draw(pipe, prompt, n, seed, count, options) for n in steps}
