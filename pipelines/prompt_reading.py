@@ -13,10 +13,13 @@ from .image_io import require
 from .repo_parts import logger
 
 CACHED_TEXTS = 64
-JOINERS = frozenset("\u200d\ufe0e\ufe0f\U0001f3fb\U0001f3fc\U0001f3fd\U0001f3fe\U0001f3ff")
-"""What joins emoji, chooses their style or their skin tone."""
-NAMES = {"\u2764": "red heart"}
-"""Where Unicode's name, here "heavy black heart", says another thing than people see."""
+JOINERS = frozenset("\u200d\ufe0e\ufe0f")
+"""What joins emoji or chooses their style."""
+TONES = dict(
+    zip("\U0001f3fb\U0001f3fc\U0001f3fd\U0001f3fe\U0001f3ff", "light medium-light medium medium-dark dark".split())
+)
+NAMES = {"\u2764": "red heart", **{sign: f": {tone} skin tone" for sign, tone in TONES.items()}}
+"""Where Unicode's name, such as "heavy black heart", says another thing than people see."""
 LONG_PIECE = 4
 """A tokenizer that has as many letters of a word in one piece may know it."""
 
@@ -124,12 +127,17 @@ def bare(piece: str) -> str:
 
 def name_symbols(tokenizer: Any, text: str) -> str:
     """A text with the Unicode name of each emoji that the tokenizer does not know, such as "rocket", instead of it."""
-    unknown = {sign for sign in text if unicodedata.category(sign) == "So" and is_unknown(tokenizer, sign)}
+    unknown = {sign for sign in text if is_symbol(sign) and is_unknown(tokenizer, sign)}
     names = {sign: NAMES.get(sign, unicodedata.name(sign, "").lower()) for sign in unknown}
     names = {sign: name for sign, name in names.items() if name and not name.startswith("regional indicator")}
     if not names:
         return text
     return "".join(f" {names[sign]} " if sign in names else sign for sign in text if sign not in JOINERS).strip()
+
+
+def is_symbol(sign: str) -> bool:
+    """Whether a character is an emoji, as far as Unicode's categories say, or a skin tone."""
+    return unicodedata.category(sign) == "So" or sign in NAMES
 
 
 def is_unknown(tokenizer: Any, sign: str) -> bool:

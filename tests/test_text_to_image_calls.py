@@ -8,6 +8,7 @@ from diffusers.callbacks import SDCFGCutoffCallback
 from tiny_pipelines import PROMPT, SCHEDULERS, bert, components, noise, pipeline, scheduler, stock
 
 from hf_ae.pipelines import TextToImagePipeline
+from hf_ae.pipelines.prompt_reading import name_symbols
 
 PROMPTS, NEGATIVES = [PROMPT, "the dog"], ["a hat", "a mat"]
 CALL = dict(num_inference_steps=4, guidance_scale=5.0, output_type="np")
@@ -233,3 +234,10 @@ def test_an_emoji_that_the_tokenizer_does_not_know_is_read_by_its_name(warnings)
     for emoji, name in (("\U0001f408", "cat"), ("\U0001f415\ufe0f", "dog"), ("\u2764\ufe0f cat", "red heart cat")):
         np.testing.assert_array_equal(pipe(emoji, **call).images, pipe(name, **call).images)
     assert warnings == []
+
+
+def test_a_skin_tone_is_read_as_captions_write_it():
+    _, tokenizer = bert()
+    named = name_symbols(tokenizer, "\U0001f44d\U0001f3fd, flat")
+    assert " ".join(named.split()) == "thumbs up sign : medium skin tone , flat"
+    assert name_symbols(tokenizer, "a^b") == "a^b"
