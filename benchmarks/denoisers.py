@@ -12,6 +12,7 @@ import argparse
 import random
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,7 @@ def sampled(predict: Denoiser, kind: str, shape: tuple[int, ...], text: Tensor, 
     """Latents, by deterministic steps of equal length in time."""
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     times = torch.linspace(1, 0, STEPS + 1)
-    for t, end in zip(times[:-1], times[1:]):
+    for t, end in pairwise(times):
         both = predict(torch.cat([x, x]), t.expand(2 * len(x)), torch.cat([empty.expand_as(text), text]))
         without, prompted = both.chunk(2)
         predicted = without + GUIDANCE * (prompted - without)

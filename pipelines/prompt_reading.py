@@ -15,12 +15,10 @@ from .repo_parts import logger
 CACHED_TEXTS = 64
 JOINERS = frozenset("\u200d\ufe0e\ufe0f")
 """What joins emoji or chooses their style."""
-TONES = dict(
-    zip(
-        "\U0001f3fb\U0001f3fc\U0001f3fd\U0001f3fe\U0001f3ff",
-        ["light", "medium-light", "medium", "medium-dark", "dark"],
-    )
-)
+TONES = {
+    "\U0001f3fb": "light", "\U0001f3fc": "medium-light", "\U0001f3fd": "medium", "\U0001f3fe": "medium-dark",
+    "\U0001f3ff": "dark",
+}  # fmt: skip
 NAMES = {"\u2764": "red heart", **{sign: f": {tone} skin tone" for sign, tone in TONES.items()}}
 """Where Unicode's name, such as "heavy black heart", says another thing than people see."""
 LONG_PIECE = 4
