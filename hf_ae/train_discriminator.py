@@ -67,6 +67,8 @@ class DiscriminatorArguments(TrainingArguments):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.reconstructed <= 1, f"reconstructed={self.reconstructed} is a fraction: at most 1.")
+        size = self.train_batch_size
+        require(size >= 3, f"train_batch_size={size} must be at least 3: wrong captions are those of other images.")
 
 
 @dataclass
@@ -79,18 +81,23 @@ class Pairs:
     wrong: Captions | None
     wrong_states: TextStates | None
 
-    def batch(self, rows: Tensor, reconstructed: float, generator: random.Random) -> tuple[Tensor, Tensor]:
-        """uint8 images of `rows`, and the states of three captions for each: a right one, one that is nearly right (of
-        another image where there is none), and one of another image."""
-        version = torch.tensor([int(generator.random() < reconstructed) for _ in rows])
-        right = self.right.draw(rows, 0.0, generator)
-        index = [right, right.roll(1), right.roll(2)]
-        states = [self.right_states(index[0]), self.right_states(index[1]), self.right_states(index[2])]
+    def batch(self, rows: Tensor, reconstructed: float, generator: random.Random) -> tuple[Tensor, Tensor, Tensor]:
+        """uint8 images of `rows`, the states of three captions for each, and whether these are right (1 or 0): a right
+        one, one that is nearly right (of another image where there is none), and one of another image."""
+        version = torch.tensor([generator.random() < reconstructed for _ in rows])[:, None, None, None]
+        images = torch.where(version, self.versions[1][rows], self.versions[0][rows])
+        index = self.right.draw(rows, 0.0, generator)
+        drawn = [index, index.roll(1), index.roll(2)]
+        own = [{i for column in self.right.choices[row] for i in column} for row in rows.tolist()]
+        labels = [torch.tensor([float(i in known) for i, known in zip(part.tolist(), own)]) for part in drawn]
+        states = [self.right_states(part).float() for part in drawn]
         if self.wrong is not None and self.wrong_states is not None:
             nearly = self.wrong.draw(rows, 0.0, generator)
-            found = self.wrong_states(nearly)
-            states[1] = torch.where((nearly > 0)[:, None, None].to(found.device), found, states[1])
-        return torch.stack(self.versions)[version, rows], torch.cat(states)
+            there = nearly > 0
+            found = self.wrong_states(nearly).float()
+            states[1] = torch.where(there[:, None, None].to(found.device), found, states[1])
+            labels[1] = torch.where(there, 0.0, labels[1])
+        return images, torch.cat(states), torch.cat(labels)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -110,7 +117,7 @@ def train(args: DiscriminatorArguments) -> None:
 
 def train_for(args: DiscriminatorArguments, accelerator: Accelerator, resume_from: Path | None) -> None:
     """The same where the output folder is this training's own."""
-    folder, pipe = Path(args.output_dir), load_pipeline(str(args.pretrained_pipeline)).to(accelerator.device)
+    folder, pipe = Path(args.output_dir), load_pipeline(str(args.pretrained_pipeline), device=accelerator.device)
     model = new_discriminator(args, pipe)
     splits = open_dataset(str(args.dataset_name), args.dataset_config_name)
     held_out = (args.eval_split or held_out_name(splits)) if args.validation_epochs else None
@@ -169,7 +176,7 @@ def reconstructions(vae: Any, pixels: Tensor) -> Tensor:
     parts = []
     for part in tqdm(pixels.split(32), desc="reconstructing", mininterval=1.0, leave=False):
         values = to_pixel_values(part, vae.device, pixel_range(vae))
-        latents = vae.encode(values).latent_dist.mode()
+        latents = vae.encode(values.to(vae.dtype)).latent_dist.mode()
         parts.append(decode(vae, latents).mul(255).round().to(torch.uint8).cpu())
     return torch.cat(parts)
 
@@ -182,7 +189,7 @@ def take_steps(args: DiscriminatorArguments, run: Run, pairs: Pairs, test: Pairs
         for rows in row_batches(len(pairs.right), args.train_batch_size, run.progress.epoch, **run.place):
             with accelerator.accumulate(run.model):
                 generator = random.Random(int(torch.randint(2**62, ())))  # from the random state that checkpoints hold
-                output = judge(args, run, pairs, rows, generator)
+                output, _ = judge(args, run, pairs, rows, generator)
                 accelerator.backward(output.loss)
                 run.update_weights()
             if run.step_done(output, len(rows)):
@@ -199,14 +206,15 @@ def take_steps(args: DiscriminatorArguments, run: Run, pairs: Pairs, test: Pairs
     run.close()
 
 
-def judge(args: DiscriminatorArguments, run: Run, pairs: Pairs, rows: Tensor, generator: random.Random) -> Any:
-    """The discriminator's output for a batch, one caption in three right."""
-    with run.accelerator.autocast(), torch.no_grad():
-        images, states = pairs.batch(rows, args.reconstructed, generator)
+def judge(
+    args: DiscriminatorArguments, run: Run, pairs: Pairs, rows: Tensor, generator: random.Random
+) -> tuple[Any, Tensor]:
+    """The discriminator's output for a batch, and the labels of its pairs."""
     device = run.accelerator.device
-    labels = torch.zeros(len(states), device=device)
-    labels[: len(rows)] = 1
-    return run.model(to_pixel_values(images, device, (-1.0, 1.0)), states.to(device, torch.float32), labels)
+    with run.accelerator.autocast(), torch.no_grad():
+        images, states, labels = pairs.batch(rows, args.reconstructed, generator)
+    labels = labels.to(device)
+    return run.model(to_pixel_values(images, device, (-1.0, 1.0)), states.to(device), labels), labels
 
 
 @torch.no_grad()
@@ -220,9 +228,8 @@ def validate(args: DiscriminatorArguments, run: Run, test: Pairs) -> None:
     batches = list(row_batches(len(test.right), min(64, len(test.right)), 0))
     with averaged(model, run.ema), run.accelerator.autocast():
         for rows in batches:
-            output = judge(args, run, test, rows, generator)
-            answers = (output.logits > 0).float()
-            accuracy = (answers[: len(rows)].mean() + 1 - answers[len(rows) :].mean()) / 2
+            output, labels = judge(args, run, test, rows, generator)
+            accuracy = ((output.logits > 0) == labels.bool()).float().mean()
             for name, value in {**output.losses, "accuracy": accuracy}.items():
                 totals[name] += float(value) / len(batches)
     model.train()

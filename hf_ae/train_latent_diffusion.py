@@ -101,6 +101,9 @@ class LatentDiffusionArguments(TrainingArguments):
             asked = f"{name}={getattr(self, name)} takes a denoiser that is trained already"
             good = getattr(self, name) is None or self.pretrained_pipeline is not None
             require(good, f"{asked}: write --pretrained_pipeline, too.")
+            for other in ("unet_overrides", "text_encoder", "vae", "caption_prior"):
+                good = getattr(self, name) is None or not getattr(self, other)
+                require(good, f"{name} takes all parts of pretrained_pipeline as they are: leave out {other}.")
         require(None in (self.lora_rank, self.distill), "lora_rank and distill are two trainings: write one of them.")
         require(self.caption_dropout < 1, f"caption_dropout={self.caption_dropout} must be less than 1.")
 
@@ -135,7 +138,8 @@ def train(args: LatentDiffusionArguments) -> None:
 def train_pipeline(args: LatentDiffusionArguments, accelerator: Accelerator, resume_from: Path | None) -> None:
     """The same where the output folder is this training's own."""
     folder = Path(args.output_dir)
-    base: Any = load_pipeline(args.pretrained_pipeline) if args.pretrained_pipeline else None
+    name = args.pretrained_pipeline
+    base: Any = load_pipeline(name, device=accelerator.device) if name else None
     vae = load_vae(args.vae) if args.vae else base.vae.eval().requires_grad_(False)
     vae.to(accelerator.device)
     rows = pick_split(open_dataset(str(args.dataset_name), args.dataset_config_name), args.train_split)
@@ -148,6 +152,7 @@ def train_pipeline(args: LatentDiffusionArguments, accelerator: Accelerator, res
     cache = Path(args.latent_cache) if args.latent_cache else folder / "latents"
     latents = cached_latents(vae, rows, column, image_processor_for(vae, args.image_size), cache, accelerator)
     latents = scaled(vae, latents)
+    all_captions.tell_of_bare()
     text = load_text(args, base, all_captions, accelerator.device)
     unet = load_unet(args, base, latents, text.encoder, accelerator.device)
     scheduler = base_scheduler(base) or make_scheduler(
@@ -156,8 +161,8 @@ def train_pipeline(args: LatentDiffusionArguments, accelerator: Accelerator, res
     model = make_model(args, unet, scheduler, text)
     count, texts = len(text.captions), len(text.captions.texts)
     # the names that checkpoints of version 0.1 hold
-    data = {"pictures": count, "captions": texts, "caption_dropout": args.caption_dropout}
-    data |= {} if args.lora_rank is None else {"lora_rank": args.lora_rank}
+    data: dict[str, Any] = {"pictures": count, "captions": texts, "caption_dropout": args.caption_dropout}
+    data |= {"lora_rank": args.lora_rank, "distill": args.distill}
     batches = num_batches(count, args.train_batch_size, accelerator.num_processes)
     frozen_prior = None if text.is_trained else caption_prior(args, all_captions, text.encoder, text.tokenizer)
     with Run(args, accelerator, model.to(accelerator.device), batches, data) as run:
@@ -169,12 +174,19 @@ def train_pipeline(args: LatentDiffusionArguments, accelerator: Accelerator, res
             reader = trained.text_encoder or text.encoder
             prior = caption_prior(args, all_captions, reader, text.tokenizer) if text.is_trained else frozen_prior
             parts = dict(vae=vae, text_encoder=reader, tokenizer=text.tokenizer, unet=trained.unet, prior=prior)
-            if base is not None:
-                parts |= dict(image_decoder=base.image_decoder, discriminator=base.discriminator)
-            return make_pipeline(args, scheduler, **parts)
+            return make_pipeline(args, scheduler, **parts, **kept_parts(args, base))
 
         take_steps(args, run, latents, text, pipeline)
         finish(args, run, pipeline)
+
+
+def kept_parts(args: LatentDiffusionArguments, base: Any) -> dict[str, Any]:
+    """Of the pipeline to fine-tune, the components that still fit: a decoder of the same latents, and a discriminator
+    that reads the same texts."""
+    kept = {} if base is None or args.vae else {"image_decoder": base.image_decoder}
+    if base is not None and args.text_encoder is None and not args.caption_prior:
+        kept["discriminator"] = base.discriminator
+    return kept
 
 
 def make_model(args: LatentDiffusionArguments, unet: Any, scheduler: Any, text: Text) -> LatentDiffusion:
@@ -296,12 +308,15 @@ def base_scheduler(base: Any) -> Any:
 def make_pipeline(args: LatentDiffusionArguments, scheduler: Any, **components: Any) -> Any:
     """The pipeline of these components, with a sampler that needs few steps (Lu et al. 2022), or with the one that it
     was distilled for."""
-    from diffusers import DPMSolverMultistepScheduler
+    from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 
     from hf_ae.pipelines.text_to_image import TextToImagePipeline
 
     if args.distill is None:
         scheduler = DPMSolverMultistepScheduler.from_config(scheduler.config)
+    else:  # the steps that it was trained at
+        spacing = dict(timestep_spacing="trailing", set_alpha_to_one=True, clip_sample=False)
+        scheduler = DDIMScheduler.from_config(scheduler.config, **spacing)
     return TextToImagePipeline(
         **components,
         scheduler=scheduler,

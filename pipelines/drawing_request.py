@@ -97,7 +97,7 @@ class DrawingRequest:
 
     @property
     def unprompted(self) -> bool:
-        """Whether an image alone says what to draw: a variation of it, without guidance."""
+        """Whether an image alone says what to draw: a variation of it."""
         return self.prompt is None and self.prompt_embeds is None and self.image is not None
 
     @property
@@ -108,6 +108,8 @@ class DrawingRequest:
     def check(self, pipe: Any) -> DrawingRequest:
         """Fill in the pipeline's defaults and what follows from the arguments. Raises ValueError for what cannot be
         drawn."""
+        if self.unprompted and self.guidance_scale is None and self.negative_prompt is None:
+            self.guidance_scale = 1.0  # towards nothing there is no guidance
         for name in ("num_inference_steps", "guidance_scale"):
             if getattr(self, name) is None:
                 setattr(self, name, pipe.config[f"default_{name}"])
@@ -123,6 +125,11 @@ class DrawingRequest:
         choice = f"num_candidates={self.num_candidates} needs a discriminator to choose, and this pipeline has none"
         good = self.num_candidates == 1 or pipe.discriminator is not None
         require(good, f"{choice}: pipe.register_modules(discriminator=discriminator), or write num_candidates=1.")
+        reads = getattr(pipe.discriminator, "reads_prompts", False)
+        good = self.num_candidates == 1 or not (reads and self.unprompted)
+        require(
+            good, f"num_candidates={self.num_candidates}: without a prompt the discriminator has nothing to choose by."
+        )
         self._check_size(pipe)
         self._check_noise()
         return self
@@ -132,10 +139,8 @@ class DrawingRequest:
         prompts, negatives = self.prompt, self.negative_prompt or ""
         prompts = [prompts] if isinstance(prompts, str) else prompts
         if self.unprompted:
-            prompts, self.guidance_scale = (
-                [""] * (len(self.image) if isinstance(self.image, (list, tuple)) else 1),
-                1.0,
-            )
+            several = isinstance(self.image, (list, tuple)) or getattr(self.image, "ndim", 3) == 4
+            prompts = [""] * (len(self.image) if several else 1)
         if self.prompt_embeds is None:
             good = is_texts(prompts) and prompts and (self.unprompted or all(text.strip() for text in prompts))
             advice = "write a text, or a list of texts, none of them empty"
@@ -223,7 +228,7 @@ class DrawingRequest:
             of_image, self.pixels = sides == [None, None], read_images(self.image, channels, sides)
             sides = list(self.pixels.shape[2:])
             if self.mask_image is not None:
-                self.mask = read_images(self.mask_image, 1, sides)
+                self.mask = read_images(self.mask_image, 1, sides, "mask_image")
                 images, masks = len(self.pixels), len(self.mask)
                 require(masks in (1, images), f"{masks} masks for {images} images: pass one for all, or one for each.")
         elif None in sides:

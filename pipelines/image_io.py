@@ -17,11 +17,13 @@ def require(condition: object, message: str) -> None:
         raise ValueError(message)
 
 
-def read_images(images: Any, channels: int, size: Sequence[int | None]) -> torch.Tensor:
+def read_images(images: Any, channels: int, size: Sequence[int | None], name: str = "image") -> torch.Tensor:
     """One image or a list: PIL images, arrays (height, width, channels) or tensors (channels, height, width) in [0, 1]
-    -> pixels, resized to the (height, width) that `size` has. Raises ValueError."""
-    batch = [read_image(image, channels) for image in (images if isinstance(images, (list, tuple)) else [images])]
-    require(batch, "image=[] holds no image.")
+    -> pixels, resized to the (height, width) that `size` has. Errors call them `name`. Raises ValueError."""
+    batch = [
+        read_image(image, channels, name) for image in (images if isinstance(images, (list, tuple)) else [images])
+    ]
+    require(batch, f"{name}=[] holds no image.")
     for i, pixels in enumerate(batch):
         sides = tuple(side or own for side, own in zip(size, pixels.shape[2:]))
         if sides != pixels.shape[2:]:
@@ -31,7 +33,7 @@ def read_images(images: Any, channels: int, size: Sequence[int | None]) -> torch
     return torch.cat(batch)
 
 
-def read_image(image: Any, channels: int) -> torch.Tensor:
+def read_image(image: Any, channels: int, name: str = "image") -> torch.Tensor:
     """One image, or a batch as array or tensor -> pixels. Transparent parts become white. Raises ValueError."""
     if isinstance(image, Image.Image):
         image = np.asarray(upright(image, "L" if channels == 1 else "RGB"))
@@ -40,14 +42,16 @@ def read_image(image: Any, channels: int) -> torch.Tensor:
     if isinstance(image, np.ndarray):
         image = torch.tensor(image[..., None] if image.ndim == 2 else image).movedim(-1, -3)
     kind = type(image).__name__
-    require(isinstance(image, torch.Tensor), f"image is a {kind}: pass a PIL image, an array, a tensor, or a list.")
+    if isinstance(image, torch.Tensor) and image.ndim == 2 and channels == 1:
+        image = image[None]
+    require(isinstance(image, torch.Tensor), f"{name} is a {kind}: pass a PIL image, an array, a tensor, or a list.")
     pixels = image.float() / 255 if image.dtype == torch.uint8 else image.float()
     pixels = pixels[None] if pixels.ndim == 3 else pixels
     wanted = f"a tensor ({channels}, height, width) or an array (height, width, {channels})"
     good = pixels.ndim == 4 and pixels.shape[1] == channels
-    require(good, f"image has shape {tuple(image.shape)}: pass {wanted}.")
+    require(good, f"{name} has shape {tuple(image.shape)}: pass {wanted}.")
     low, high = pixels.min().item(), pixels.max().item()
-    require(low >= 0 and high <= 1, f"image has values from {low:.3g} to {high:.3g}: pass values in [0, 1].")
+    require(low >= 0 and high <= 1, f"{name} has values from {low:.3g} to {high:.3g}: pass values in [0, 1].")
     return pixels
 
 

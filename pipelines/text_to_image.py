@@ -369,7 +369,6 @@ class TextToImagePipeline(  # type: ignore[misc]
 
     def _finish(
         self, request: DrawingRequest, latents: torch.Tensor, encoded: torch.Tensor | None, states: torch.Tensor
-
     ) -> TextToImageOutput:  # fmt: skip
         """The last latents -> the output, with the best candidate of each image. Instead of the latents `encoded` is
         decoded. states: of the prompts, one for each image drawn."""
@@ -377,8 +376,9 @@ class TextToImagePipeline(  # type: ignore[misc]
         if not wants_latents or k > 1:
             pixels = decode(self.vae, latents / self.vae.config.scaling_factor if encoded is None else encoded)
             pixels = pixels if request.kept is None else request.kept.keep_pixels(pixels)
-        if self.discriminator is not None and (k > 1 or not wants_latents):
-            best_scores, best = self._scores(pixels, states).reshape(-1, k).max(dim=1)
+        judged = None if wants_latents and k == 1 else self._judged(request, pixels, states)
+        if judged is not None:
+            best_scores, best = judged.reshape(-1, k).max(dim=1)
             best = best + k * torch.arange(len(best), device=best.device)
             pixels, latents, scores = pixels[best], latents[best], best_scores.tolist()
         images = latents.to(self.unet.dtype) if wants_latents else present(pixels, request.output_type)

@@ -75,8 +75,8 @@ class Captions:
     """The captions of each image, from one or several columns: a string, or a list of strings, a row; or classes, by
     name.
 
-    `texts` are all different captions; the empty one, for guidance, has index 0. Raises ValueError where there is
-    none.
+    `texts` are all different captions; the empty one, for guidance, has index 0. `bare` images have none. Raises
+    ValueError where no image has one.
     """
 
     def __init__(self, rows: Any, columns: list[str]) -> None:
@@ -88,12 +88,14 @@ class Captions:
             cleaned = [[text.strip() for text in texts if text and text.strip()] for texts in lists]
             self.choices.append([[index.setdefault(t, len(index)) for t in texts] for texts in cleaned if texts])
         self.texts = list(index)
-        bare = sum(not choice for choice in self.choices)
-        require(bare < len(self.choices), f"No image has a caption in {', '.join(columns)}.")
-        if bare:
-            print(
-                f"{bare} of {len(self.choices)} images have no caption: they teach the model to draw without a prompt."
-            )
+        self.bare = sum(not choice for choice in self.choices)
+        require(self.bare < len(self.choices), f"No image has a caption in {', '.join(columns)}.")
+
+    def tell_of_bare(self) -> None:
+        """Print what images without a caption are for in the training of a denoiser."""
+        if self.bare:
+            said = f"{self.bare} of {len(self.choices)} images have no caption"
+            print(f"{said}: they teach the model to draw without a prompt.")
 
     def first_column(self) -> Captions:
         """The same images with the captions of their first column alone."""

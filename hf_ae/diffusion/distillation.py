@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import require
 from ..pipelines.text_to_image import guide
 from .denoiser import DiffusionOutput, LatentDiffusion
 
@@ -21,9 +22,18 @@ class Distillation(LatentDiffusion):
 
     def __init__(self, unet: Any, scheduler: Any, empty: Tensor, steps: int, guidance_scale: float) -> None:
         super().__init__(unet, scheduler)
+        most = len(self.alphas_cumprod) // 2
+        require(
+            1 <= steps <= most, f"distill={steps} must be between 1 and {most}: each step is two of the teacher's."
+        )
         self.__dict__["teacher"] = deepcopy(unet).requires_grad_(False).eval()  # no part of the model: checkpoints
         self.empty, self.steps, self.guidance_scale = empty, steps, guidance_scale
         self.config.distill, self.config.guidance_scale = steps, guidance_scale
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Where the unet goes, the teacher goes, too."""
+        self.__dict__["teacher"]._apply(fn)
+        return super()._apply(fn, recurse)
 
     def forward(
         self, latents: Tensor, text: Tensor | None = None, tokens: dict[str, Tensor] | None = None
@@ -31,7 +41,8 @@ class Distillation(LatentDiffusion):
         """latents, text: as of [`LatentDiffusion`]. The loss is the squared error of what the unet should predict."""
         assert text is not None, "the text encoder of a distilled pipeline is frozen"
         batch, trained = len(latents), len(self.alphas_cumprod)
-        which = torch.randperm(batch, device=latents.device) % self.steps + 1
+        first = torch.randint(self.steps, ())  # so that small batches come to all steps, too
+        which = (torch.arange(batch) + first).to(latents.device) % self.steps + 1
         times = (which * trained / self.steps).round().long() - 1
         noise = torch.randn_like(latents)
         kept = self.kept(times)

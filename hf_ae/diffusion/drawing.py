@@ -7,7 +7,7 @@ from typing import Any
 
 from PIL import Image
 
-from ..errors import UserError, user_input
+from ..errors import UserError, require, user_input
 from ..loading import opening, pipeline_image_processor
 from ..plots import image_grid, labelled_rows
 
@@ -35,7 +35,10 @@ def starting_image(pipe: Any, given: dict[str, Any], height: int | None, width: 
     processor = pipeline_image_processor(pipe)
     own = processor.target_size()
     size = {"height": height or own[0], "width": width or own[1]}
+    sizes = {name: one.size for name, one in given.items()}
+    same = f"The mask has {sizes.get('mask_image')} pixels, the image {sizes.get('image')}: make them equally large."
     with user_input():
+        require(len(set(sizes.values())) == 1, same)
         pixels = {name: processor.preprocess(one, size=size).pixel_values for name, one in given.items()}
     images = {name: processor.postprocess(values)[0] for name, values in pixels.items()}
     return images | ({"mask_image": images["mask_image"].convert("L")} if "mask_image" in images else {})
@@ -49,12 +52,9 @@ def draw(pipe: Any, prompt: str | None, steps: int | None, seed: int, count: int
 
 
 def log_caption(prompt: str | None, output: Any) -> None:
-    """Print what the prior took the prompt for, if that is another text, and what the discriminator says."""
+    """Print what the pipeline's prior took the prompt for, if that is another text."""
     if prompt and output.captions and output.captions[0].lower() != prompt.lower():
         print(f"Drawn as: {output.captions[0]}")
-    if output.scores:
-        said = ", ".join(f"{'yes' if score > 0.5 else 'no'} ({score:.2f})" for score in output.scores)
-        print(f"Does it show the prompt? The discriminator says: {said}.")
 
 
 def draw_images(
@@ -63,6 +63,9 @@ def draw_images(
     """One image, or several side by side."""
     output = draw(pipe, prompt, steps, seed, count, options)
     log_caption(prompt, output)
+    if output.scores:
+        said = ", ".join(f"{'yes' if score > 0.5 else 'no'} ({score:.2f})" for score in output.scores)
+        print(f"Does it show the prompt? The discriminator says: {said}.")
     images = output.images
     return image_grid(images, 1 if count == 1 else min(count, 8), cell=images.shape[-2], gap=0 if count == 1 else 2)
 

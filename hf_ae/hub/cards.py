@@ -10,6 +10,7 @@ import yaml
 from huggingface_hub import ModelCardData
 from safetensors.torch import load_file
 
+from ..training.output_folder import ADAPTERS
 from .card_parts import body_of, front_matter, merged_front, read_card, with_section
 from .card_results import markdown_table, printed_by, results, rivals
 from .eval_results import hub_id, model_index, write_eval_results
@@ -44,9 +45,6 @@ RECIPES = (
     ("recipe-discriminator.yaml", "train_discriminator", "## Training of the discriminator"),
 )  # fmt: skip
 
-LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
-"""The name that diffusers' load_lora_weights looks for."""
-
 
 def write_card(folder: str | Path) -> Path:
     """Write `folder`/README.md, and `.eval_results`, from what lies beside it: the configuration, recipes,
@@ -65,7 +63,7 @@ def write_card(folder: str | Path) -> Path:
     recipe = recipes.get("recipe.yaml") or {}
     dataset = recipe.get("dataset_name") or metrics.get("dataset")
     is_pipeline = (folder / "model_index.json").is_file()
-    is_lora = (folder / LORA_WEIGHTS).is_file()
+    is_lora = (folder / ADAPTERS).is_file() and not is_pipeline
     kind = lora_card if is_lora else pipeline_card if is_pipeline else model_card
     front, sections = kind(folder, name, metrics, dataset)
     if hub_id(dataset):

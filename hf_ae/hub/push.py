@@ -19,9 +19,9 @@ from safetensors import SafetensorError, safe_open
 from ..errors import UserError, first_line, require
 from ..loading import HUB_ERRORS, LOADING_ERRORS
 from ..training.arguments import TrainingArguments, write_recipe
-from ..training.output_folder import end_run
+from ..training.output_folder import ADAPTERS, end_run
 from .card_parts import body_of, front_matter, read_card
-from .cards import LORA_WEIGHTS, write_card
+from .cards import write_card
 from .eval_results import check_eval_results
 from .files import read_json
 from .pipeline_folder import components, has_pipeline_code, pipeline_classes, write_pipeline_code
@@ -57,7 +57,7 @@ def write_code(folder: Path) -> None:
     """Write the code that the folder of a model or a pipeline carries. The weights stay."""
     if (folder / "model_index.json").is_file():
         write_pipeline_code(folder)
-    elif not (folder / LORA_WEIGHTS).is_file():
+    elif not (folder / ADAPTERS).is_file():
         write_model_code(folder)
 
 
@@ -103,9 +103,9 @@ def copy_or_link(source: str, target: str) -> None:
 
 def check_model_folder(folder: Path) -> list[str]:
     """`check_folder` of a model, a pipeline or adapters."""
-    if (folder / LORA_WEIGHTS).is_file():
-        return check_lora(folder)
     is_pipeline = (folder / "model_index.json").is_file()
+    if (folder / ADAPTERS).is_file() and not is_pipeline:
+        return check_lora(folder)
     kind = read_json(folder / "config.json").get("model_type")
     foreign = not is_pipeline and kind is not None and not str(kind).startswith("hf_ae_")
     takes = "hf-ae push takes models of hf_ae, pipelines with one inside, and Spaces"
@@ -130,15 +130,15 @@ def check_lora(folder: Path) -> list[str]:
     """`check_folder` of a denoiser's adapters."""
     check_there(folder, ["README.md"])
     files = files_of(folder)
-    check_stray(folder, files, rf"{ALLOWED}|{re.escape(LORA_WEIGHTS)}", "a repository of adapters")
+    check_stray(folder, files, rf"{ALLOWED}|{re.escape(ADAPTERS)}", "a repository of adapters")
     check_card(folder / "README.md", ["tags"])
     try:
-        with safe_open(folder / LORA_WEIGHTS, "pt") as weights:
+        with safe_open(folder / ADAPTERS, "pt") as weights:
             names = list(weights.keys())
     except SafetensorError as error:
-        raise UserError(f"{folder / LORA_WEIGHTS} cannot be read: {first_line(error)}") from error
+        raise UserError(f"{folder / ADAPTERS} cannot be read: {first_line(error)}") from error
     good = names and all("lora" in name for name in names)
-    require(good, f"{folder / LORA_WEIGHTS} holds other weights than adapters.")
+    require(good, f"{folder / ADAPTERS} holds other weights than adapters.")
     return files
 
 

@@ -81,7 +81,10 @@ class PromptDiscriminatorModel(PreTrainedModel):
         prompt is right and 0 where it is wrong, with some of both."""
         size = (self.config.image_size, self.config.image_size)
         if pixel_values.shape[2:] != size:
-            pixel_values = F.interpolate(pixel_values, size=size, mode="bilinear", antialias=True)
+            resized = F.interpolate(
+                pixel_values.float(), size=size, mode="bilinear", antialias=True
+            )  # CPUs: float32 only
+            pixel_values = resized.to(pixel_values.dtype)
         x = self.levels(self.stem(pixel_values)).flatten(2).transpose(1, 2)
         x = self.norm(x) + self.positions
         x = x.repeat(len(prompt_embeds) // len(x), 1, 1)
@@ -91,7 +94,10 @@ class PromptDiscriminatorModel(PreTrainedModel):
         logits = self.to_logit(x.mean(1))[:, 0]
         output = PromptDiscriminatorOutput(logits=logits)
         if labels is not None:
-            right, wrong = logits[labels.bool()], logits[~labels.bool()]
-            output.losses = {"right": F.softplus(-right).mean(), "wrong": F.softplus(wrong).mean()}
+            right, wrong = labels.to(logits.dtype), 1 - labels.to(logits.dtype)
+            output.losses = {
+                "right": (right * F.softplus(-logits)).sum() / right.sum().clamp(min=1),
+                "wrong": (wrong * F.softplus(logits)).sum() / wrong.sum().clamp(min=1),
+            }
             output.loss = (output.losses["right"] + output.losses["wrong"]) / 2
         return output if return_dict else output.to_tuple()

@@ -136,7 +136,7 @@ def check_fits(run: Run, path: Path, state: dict[str, Any], config: dict[str, An
     changed = differences({k: config[k] for k in sorted(own) if k in config and k not in NOT_COMPARED}, own)
     require(not changed, f"{what} is of another model: {changed}.")
     require(processes == here, f"{what} was written by {processes} process(es), not {here}.")
-    changed = differences(state["data"], run.data)
+    changed = differences({**dict.fromkeys(run.data), **state["data"]}, run.data)  # what it lacks was not there yet
     require(not changed, f"{what} was trained on other data or batches: {changed}.")
     there = {name: value for name, value in state.get("settings", {}).items() if name in FIXED}
     changed = differences(there, settings(run))

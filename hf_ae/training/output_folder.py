@@ -18,6 +18,8 @@ except ImportError:  # Windows
 
 from ..errors import UserError, require
 
+ADAPTERS = "pytorch_lora_weights.safetensors"
+"""The name that diffusers' load_lora_weights looks for."""
 RUN_MARK = ".hf_ae_run"
 """A file that says that a folder holds an unfinished run."""
 LOCK = f"{RUN_MARK}.lock"
@@ -142,7 +144,9 @@ def scratch(folder: Path) -> Iterator[Path]:
 
 
 def is_run(folder: Path) -> bool:
-    """Whether `folder` holds a model of this family, a text-to-image pipeline or checkpoints of a run."""
+    """Whether `folder` holds a model of this family, a text-to-image pipeline, adapters or checkpoints of a run."""
+    if (folder / ADAPTERS).is_file():
+        return True
     try:
         if (folder / "model_index.json").is_file():
             return "TextToImagePipeline" in json.loads((folder / "model_index.json").read_text()).get(
@@ -184,6 +188,8 @@ def begin_run(folder: Path, replace: bool) -> None:
         shutil.rmtree(cut_off, ignore_errors=True)
     for old in [*checkpoints(folder), folder / "samples"] if replace else []:
         shutil.rmtree(old, ignore_errors=True)
+    for file in (ADAPTERS, "model_index.json") if replace else ():  # by which a folder is known
+        (folder / file).unlink(missing_ok=True)
 
 
 def end_run(folder: Path) -> None:

@@ -101,7 +101,8 @@ class Scenes:
         styled = [f"{name}, {style}", f"{name}, {style}", f"{style} {name}", f"a {style} {name}"]
         styled += [f"{word}, {style}" for word in others]
         strangers = self.errors.sample(list(self.by_style[style]), 3)
-        wrong = [stranger for stranger in strangers if stranger not in (name, *others)]
+        bare = name.split(":")[0]  # without a skin tone
+        wrong = [stranger for stranger in strangers if stranger.split(":")[0] != bare and stranger not in others]
         return styled, [name, name, f"a {name}", *others], self.wrong_captions([name, name], wrong, style)
 
     def pair(self, style: str, name: str, things: list[str]) -> tuple[Image.Image, list[str], list[str]]:
@@ -126,7 +127,8 @@ class Scenes:
         cutout = self.cutout(self.by_style[style][name])
         many = self.placed([cutout] * len(places), places, {2: 30, 3: 24}[len(places)])
         fewer, more = {"two": ("three", 3), "three": ("two", 2)}[number]
-        wrong = [f"{fewer} {plural(name)}", f"{more} {plural(name)}", f"{number} {plural(self.errors.choice(things))}"]
+        stranger = self.errors.choice([thing for thing in things if thing != name])
+        wrong = [f"{fewer} {plural(name)}", f"{more} {plural(name)}", f"{number} {plural(stranger)}"]
         return many, [f"{number} {plural(name)}", f"{len(places)} {plural(name)}"], wrong
 
     def color(self, style: str, name: str, things: list[str]) -> tuple[Image.Image, list[str], list[str]]:

@@ -162,7 +162,10 @@ def verdict(score: float) -> str:
 
 @GPU
 @friendly
-def steps_sheet(prompt: str, seed: int = 1, guidance: float = 2.0, scheduler: str = "DPM-Solver++") -> Image.Image:
+def steps_sheet(
+    prompt: str, seed: int = 1, guidance: float = 2.0, scheduler: str = "DPM-Solver++", style: str = ANY_STYLE,
+    second: str = "", place: str = "beside",
+) -> Image.Image:  # fmt: skip
     """Draw one prompt with 2, 4, 6, 10 and 20 denoising steps (rows) and four seeds (columns): see what more steps
     buy.
 
@@ -171,13 +174,16 @@ def steps_sheet(prompt: str, seed: int = 1, guidance: float = 2.0, scheduler: st
         seed: The first of the four seeds.
         guidance: How closely to follow the prompt, 1 (freely) to 10.
         scheduler: DPM-Solver++, DDIM, DDPM, Euler, "Euler, ancestral" or UniPC.
+        style: shaded, flat, soft 3d, cartoon, classic, blob, line art, ink, retro, or any.
+        second: A second thing to draw, if any.
+        place: Where the first is: beside, left of or above the second.
 
     Returns:
         The sheet, one picture.
     """
     from hf_ae.plots import labelled_rows
 
-    options = checked(prompt, seed, 1, guidance, scheduler)
+    options = checked(composed(prompt, style, second, place), seed, 1, guidance, scheduler)
     pipe, rows = pipeline_with(scheduler), {}
     for steps in SHEET_STEPS:
         drawing = options | {"num_inference_steps": steps, "num_images_per_prompt": SHEET_SEEDS}
@@ -336,10 +342,11 @@ def build_extras(fields: list[gr.components.Component]) -> list[gr.components.Co
         share_button = gr.Button("Copy a link to this", size="sm", elem_id="share", min_width=120)
     link = gr.Textbox(label="Link to this drawing", visible=False, interactive=False, buttons=["copy"], elem_id="link")
     sheet = show_one("Sheet", "sheet", visible=False, buttons=["download", "fullscreen"])
-    prompt, seed, steps, guidance, scheduler, _, _, second, place = fields
+    prompt, seed, steps, guidance, scheduler, _, style, second, place = fields
     private = {"queue": False, "api_visibility": "private"}
     opening = sheet_button.click(lambda: gr.update(visible=True), None, sheet, **private)
-    opening.then(steps_sheet, [prompt, seed, guidance, scheduler], sheet, api_name="steps_sheet", **SHARED)
+    asked = [prompt, seed, guidance, scheduler, style, second, place]
+    opening.then(steps_sheet, asked, sheet, api_name="steps_sheet", **SHARED)
     opening = styles_button.click(lambda: gr.update(visible=True), None, sheet, **private)
     asked = [prompt, seed, steps, guidance, second, place]
     opening.then(styles_sheet, asked, sheet, api_name="styles_sheet", **SHARED)
