@@ -5,7 +5,7 @@ import pytest
 import torch
 from command_line import fails, runs
 from PIL import Image
-from tiny_pipelines import PROMPT, SIDE, Brightness, bert, pipeline, ship, vae_of_hf_ae
+from tiny_pipelines import PROMPT, SIDE, Brightness, bert, noise, pipeline, scheduler, ship, vae_of_hf_ae
 
 import hf_ae
 from hf_ae.pipelines import TextToImagePipeline
@@ -28,11 +28,24 @@ def test_a_mask_keeps_pixels_where_it_is_black_and_paints_where_it_is_white(name
     assert torch.equal(nothing, PIXELS[0])
 
 
-def test_what_is_kept_is_seen_by_what_is_painted():
-    pipe = pipeline()
-    options = dict(mask_image=LEFT, seed=3, strength=1.0, output_type="pt")
-    one, other = (pipe(PROMPT, image=pixels, **options).images[0][:, :, : SIDE // 2] for pixels in PIXELS)
-    assert (one - other).abs().mean() > 1e-4
+@pytest.mark.parametrize("name", ["ddim", "dpm++", "euler"])
+def test_what_is_kept_is_in_the_latents_as_noisy_as_what_is_painted(name):
+    pipe, seen, start = pipeline(noise=name), [], noise()
+    clean = pipe.vae.encode(PIXELS[:1] * 2 - 1).latent_dist.mode() * pipe.vae.config.scaling_factor
+
+    def look(pipe, step, timestep, tensors):
+        seen.append(tensors["latents"])
+        return {}
+
+    options = dict(image=PIXELS[0], mask_image=LEFT, strength=1.0, latents=start, num_inference_steps=4)
+    pipe(PROMPT, **options, callback_on_step_end=look)
+    fresh = scheduler(name)
+    fresh.set_timesteps(4)
+    known = [fresh.add_noise(clean, start, time[None]) for time in fresh.timesteps[1:]] + [clean]
+    half = clean.shape[3] // 2
+    for latents, right in zip(seen, known, strict=True):
+        torch.testing.assert_close(latents[:, :, :, half:], right[:, :, :, half:])
+        assert (latents - right)[:, :, :, :half].abs().mean() > 1e-3
 
 
 def test_a_mask_for_each_image_of_any_kind():
@@ -52,7 +65,8 @@ def test_variations_of_an_image_need_no_prompt():
     pipe = pipeline(text=bert)
     varied = pipe(image=PIXELS[0], seed=3, num_images_per_prompt=2, output_type="pt").images
     assert len(varied) == 2 and (varied[0] - varied[1]).abs().mean() > 1e-3
-    assert len(pipe(image=list(PIXELS), output_type="pt").images) == 2
+    for images in (list(PIXELS), PIXELS, PIXELS.movedim(1, -1).numpy()):
+        assert len(pipe(image=images, output_type="pt").images) == 2
     near, far = (pipe(image=PIXELS[0], seed=3, strength=s, output_type="pt").images[0] for s in (0.0, 1.0))
     rebuilt = pipe(PROMPT, image=PIXELS[0], strength=0.0, output_type="pt").images[0]
     torch.testing.assert_close(near, rebuilt)
@@ -69,6 +83,8 @@ def test_variations_of_an_image_need_no_prompt():
         (dict(image=PIXELS[0], mask_image=torch.cat([LEFT] * 3)), "pass a tensor"),
         (dict(image=PIXELS[0], mask_image=2 * LEFT), "in \\[0, 1\\]"),
         (dict(image=PIXELS[0], mask_image=[LEFT, LEFT]), "2 masks for 1 images"),
+        (dict(image=PIXELS[0], mask_image=[]), "mask_image=\\[\\]"),
+        (dict(image=PIXELS[0], mask_image="mask"), "mask_image is a str"),
     ],
 )
 def test_bad_masks(bad, words):
@@ -88,6 +104,13 @@ def test_every_drawing_is_scored_and_score_says_the_same():
         drawn = pipe([PROMPT, "the dog"], seed=3, output_type="pt")
         assert drawn.scores == pytest.approx(pipe.score(list(drawn.images), [PROMPT, "the dog"]), abs=1e-6)
         assert all(0 < score < 1 for score in drawn.scores)
+    mixed = [Image.new("RGB", (9, 30), "red"), drawn.images[0]]
+    assert pipe.score(mixed, [PROMPT] * 2)[1] == pytest.approx(pipe.score(drawn.images[0], PROMPT)[0], abs=1e-6)
+    skipped = pipe(PROMPT, clip_skip=1, seed=3, output_type="pt")
+    assert skipped.scores == pytest.approx(pipe.score(skipped.images[0], PROMPT), abs=1e-6)
+    for bad in (None, [3]):
+        with pytest.raises(ValueError, match="must be a text"):
+            pipe.score(drawn.images[0], bad)
     assert pipe.score(drawn.images[0], PROMPT) != pytest.approx(pipe.score(drawn.images[0], "the dog"), abs=1e-7)
     with pytest.raises(ValueError, match="1 images for 2 prompts"):
         pipe.score(drawn.images[0], [PROMPT, "the dog"])
@@ -106,6 +129,19 @@ def test_the_best_of_several_by_a_discriminator_that_reads_prompts():
         scores = [each.scores[0] for each in drawn]
         assert best.scores[i] == pytest.approx(max(scores), abs=1e-6)
         torch.testing.assert_close(best.images[i], drawn[int(np.argmax(scores))].images[0], atol=2e-6, rtol=0)
+
+
+def test_nothing_is_judged_without_a_prompt():
+    pipe = pipeline(text=bert, discriminator=discriminator())
+    assert pipe(image=PIXELS[0]).scores is None
+    with pytest.raises(ValueError, match="nothing to choose by"):
+        pipe(image=PIXELS[0], num_candidates=2)
+    assert len(pipeline(discriminator=Brightness())(image=PIXELS[0], num_candidates=2).scores) == 1
+
+
+def test_half_precision_judges_other_sizes_too():
+    pipe = pipeline(text=bert, discriminator=discriminator()).to(torch.bfloat16)
+    assert 0 < pipe(PROMPT, height=2 * SIDE, width=SIDE).scores[0] < 1
 
 
 def test_a_discriminator_travels_with_its_pipeline(tmp_path):
@@ -171,6 +207,9 @@ def test_the_command_says_what_is_missing(judged, tmp_path, capsys):
     fails(capsys, ["generate", *out], "Write what to draw")
     Image.new("L", (9, 9)).save(tmp_path / "mask.png")
     fails(capsys, ["generate", "a cat", "--mask", tmp_path / "mask.png", *out], "pass image")
+    Image.new("RGB", (9, 12)).save(tmp_path / "image.png")
+    sizes = ["--mask", tmp_path / "mask.png", "--image", tmp_path / "image.png"]
+    fails(capsys, ["generate", "a cat", *sizes, *out], "equally large")
     fails(capsys, ["generate", "a cat", "--lora", tmp_path / "nothing", *out], "adapters")
     (tmp_path / "empty").mkdir()
     fails(capsys, ["generate", "a cat", "--lora", tmp_path / "empty", *out], "adapters")

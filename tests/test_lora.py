@@ -77,6 +77,18 @@ def test_an_interrupted_run_goes_on(base, ten, tmp_path):
         train(arguments(base, ten, tmp_path / "other", **flags, **resumed, lora_rank=3))
 
 
+def test_another_run_may_replace_them_and_they_another_run(base, ten, tmp_path):
+    folder = tmp_path / "run"
+    train(arguments(base, ten, folder))
+    train(arguments(base, ten, folder, overwrite_output_dir=True))
+    train(arguments(base, ten, folder, overwrite_output_dir=True, lora_rank=None))
+    assert not (folder / NAME).exists() and "num_candidates" not in (folder / "README.md").read_text()
+    assert TextToImagePipeline.from_pretrained(folder)(PROMPT).images
+    train(arguments(base, ten, folder, overwrite_output_dir=True))
+    assert (folder / NAME).exists() and not (folder / "model_index.json").exists()
+    assert "load_lora_weights" in (folder / "README.md").read_text()
+
+
 def test_they_may_be_shared_but_nothing_else_under_their_name(base, ten, tmp_path, capsys):
     folder = tmp_path / "run"
     train(arguments(base, ten, folder))

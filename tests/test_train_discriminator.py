@@ -1,6 +1,7 @@
 """Training a discriminator that reads prompts: what it learns, exact resume, bad input."""
 
 import os
+import random
 
 import datasets
 import pytest
@@ -12,7 +13,7 @@ from tiny_pipelines import SIDE, bert, pipeline, pizza_pipeline, pizza_vae, vae_
 from hf_ae.diffusion.text_encoders import TextStates, text_states, tokenize
 from hf_ae.hub.pipeline_folder import save_pipeline
 from hf_ae.pipelines import TextToImagePipeline
-from hf_ae.train_discriminator import DiscriminatorArguments, main, train
+from hf_ae.train_discriminator import DiscriminatorArguments, main, read_pairs, train
 
 COLORS = {"red": (220, 30, 30), "blue": (30, 30, 220)}
 
@@ -87,6 +88,35 @@ def test_resumed_gives_bitwise_the_weights_of_an_uninterrupted_run(arguments, tm
     assert any(not torch.equal(resumed[k], cut[k]) for k in whole)
 
 
+def test_it_trains_in_bfloat16(arguments, monkeypatch, tmp_path):
+    monkeypatch.setattr("hf_ae.training.precision.has_bf16", lambda device: True)
+    train(arguments(mixed_precision="bf16"))
+    assert TextToImagePipeline.from_pretrained(tmp_path / "run").discriminator is not None
+
+
+def test_captions_of_the_same_image_are_never_wrong(untrained, squares, arguments):
+    pipe, rows = TextToImagePipeline.from_pretrained(untrained), datasets.load_dataset(str(squares))["train"]
+    pairs = read_pairs(arguments(), rows, pipe, None)
+    generator = random.Random(0)
+    for rows in (torch.tensor([1, 3, 5]), torch.tensor([0, 1, 2, 63])):
+        _, states, labels = pairs.batch(rows, 0.5, generator)
+        assert len(states) == len(labels) == 3 * len(rows)
+        right, nearly, other = labels.chunk(3)
+        assert right.all()
+        if len(rows) == 3:  # three red images: the captions of the others are right, too
+            assert other.all() and not nearly.any()
+        else:  # the last has no nearly right caption: it gets that of the row before, which is of another colour
+            assert (nearly.tolist() == [0, 0, 0, 0] and other.tolist() == [1, 1, 1, 1]) or not other.all()
+
+
+def test_images_are_shown_as_they_are_or_reconstructed(untrained, squares, arguments):
+    pipe, rows = TextToImagePipeline.from_pretrained(untrained), datasets.load_dataset(str(squares))["train"]
+    pairs = read_pairs(arguments(), rows, pipe, None)
+    for fraction in (0.0, 1.0):
+        images, *_ = pairs.batch(torch.arange(5), fraction, random.Random(0))
+        assert torch.equal(images, pairs.versions[int(fraction)][:5])
+
+
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
@@ -95,6 +125,7 @@ def test_resumed_gives_bitwise_the_weights_of_an_uninterrupted_run(arguments, tm
         (["--discriminator_overrides", "hidden_sizes=[8],num_heads=3"], "num_heads"),
         (["--discriminator_overrides", "colour=3"], "colour"),
         (["--reconstructed", "2"], "reconstructed"),
+        (["--train_batch_size", "2"], "at least 3"),
     ],
 )
 def test_bad_input_ends_with_one_line(flags, says, untrained, squares, tmp_path, capsys):
