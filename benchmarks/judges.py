@@ -66,7 +66,7 @@ class StyleClassifier(nn.Module):
 
     @torch.no_grad()
     def styles(self, images: Tensor) -> list[str]:
-        """The likeliest style of each image, by the mean over eight parts of it and the whole."""
+        """The likeliest style of each image, as it, its mirror image and eight parts of it tell."""
         state = torch.get_rng_state()
         torch.manual_seed(0)
         parts = [images, images.flip(-1), *(views(images) for _ in range(8))]
