@@ -1,6 +1,6 @@
 """How well a pipeline composes: names and styles never seen together, two things, counts and colours.
 
-`python benchmarks/text_to_image_styles.py styles seen pairs counts colors seeds copies` prints these figures; see there.
+`python benchmarks/text_to_image_styles.py EMOJI_STYLES` prints these figures; see there.
 """
 
 import json
