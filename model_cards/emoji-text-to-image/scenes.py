@@ -112,10 +112,12 @@ class Scenes:
         place = self.random.choice(list(PLACES))
         cutouts = [self.cutout(self.by_style[style][name]) for name in pair]
         first, second = map(with_article, pair)
-        beside = [f"{first} and {second}", f"{first} left of {second}", f"{second} right of {first}"]
+        beside = [f"{first} left of {second}", f"{second} right of {first}", f"{first} and {second}"]
+        beside += [f"{second} and {first}", f"{first} next to {second}", f"{first} with {second}"]
         above = [f"{first} above {second}", f"{second} below {first}", f"{first} on top of {second}"]
+        above += [f"{first} over {second}", f"{second} under {first}"]
         swapped = [f"{second} left of {first}", f"{second} above {first}", f"{first} below {second}"]
-        right, others = (beside, above) if place == "beside" else (above, beside[1:])
+        right, others = (beside, above) if place == "beside" else (above, beside)
         kept = self.errors.choice(pair)
         strangers = [t for t in things if t not in pair and not is_held_out(self.held_out["pairs"], kept, t)]
         stranger = f"{with_article(kept)} and {with_article(self.errors.choice(strangers))}"
@@ -194,8 +196,8 @@ def plural(name: str) -> str:
 
 
 def with_style(phrases: list[str], style: str) -> list[str]:
-    """Some of the phrases with a style."""
-    return [text for phrase in phrases for text in (f"{phrase}, {style}", f"{style} {phrase}")][:4]
+    """The phrases with a style."""
+    return [*(f"{phrase}, {style}" for phrase in phrases), f"{style} {phrases[0]}"]
 
 
 def without_held_out(rows: Any, emoji: str) -> Any:
