@@ -137,7 +137,7 @@ def test_the_discriminator_chooses_among_a_pipelines_candidates_and_is_saved_wit
     options = dict(num_candidates=3, num_inference_steps=1, seed=1, output_type="pt")
     chosen = pipe(PROMPT, **options)
     with torch.no_grad():
-        score = judge(chosen.images * 2 - 1).logits.mean().item()
+        score = judge(chosen.images * 2 - 1).logits.mean().sigmoid().item()
     assert chosen.scores[0] == pytest.approx(score, abs=1e-3)
     save_pipeline(pipe, tmp_path / "pipe")
     again = TextToImagePipeline.from_pretrained(tmp_path / "pipe")
